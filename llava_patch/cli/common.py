@@ -3,19 +3,20 @@
 import contextlib
 import dataclasses
 import difflib
-import json
+import errno
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
-from llava_patch.core.errors import CheckpointError, SettingError, StorageError, brief
+from llava_patch.core.errors import CheckpointError, SettingError, StorageError, brief, shown
 from llava_patch.core.paths import default_name, named
-from llava_patch.core.stored import shown
+from llava_patch.core.stored import strings
+from llava_patch.measurements import asked as kept
 from llava_patch.measurements.base import FIGURES, Result
 from llava_patch.settings import active
 
@@ -51,6 +52,7 @@ COMPARED = typer.Option(
     show_default=False,
 )
 FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
+OVERWRITE = typer.Option(False, "--overwrite", help="replace results of other settings, data or checkpoints in OUTPUT")
 NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 
@@ -70,7 +72,8 @@ MODEL: Parameters = {
     "question": (str, QUESTION), "base": (str, BASE), "device": (str, DEVICE), "dtype": (str, DTYPE),
 }  # fmt: skip
 LAST: Parameters = {
-    "formats": (list[str], FORMAT), "gin_file": (list[str], GIN_FILE), "gin_param": (list[str], GIN_PARAM),
+    "overwrite": (bool, OVERWRITE), "formats": (list[str], FORMAT), "gin_file": (list[str], GIN_FILE),
+    "gin_param": (list[str], GIN_PARAM),
 }  # fmt: skip
 
 
@@ -94,12 +97,29 @@ def check_checkpoint(name: str, setting: str = "") -> None:
     """Refuse a path that leads nowhere before it is taken for a name of the hub, which has one slash at most."""
     from llava_patch.core.weights import is_path, lacks_config, nothing_at, read_json
 
+    check_paths([name], setting)
+    what = f"{setting} {name}".strip()
+    if Path(name).is_file():
+        raise CheckpointError(f"{what}: is a file; expected a checkpoint's folder or hub name")
     if Path(name).exists():
         return
     if is_path(name):
         raise nothing_at(name, setting)
     if read_json(name, "config.json") is None:
         raise lacks_config(name, f"{setting} {name}".strip())
+
+
+def check_paths(given: Sequence[Any], setting: str = "") -> None:
+    """Refuse words that can be no path: empty, too long, with a NUL, or text that no encoding has."""
+    for one in map(str, given):
+        what = f"{setting} {shown(one)}".strip()
+        if not one.strip():
+            raise CheckpointError(f"{what}: is empty: name a folder or file")
+        try:
+            os.stat(one)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise CheckpointError(f"{what}: can be no folder or file ({brief(error)}): name another") from error
 
 
 def check_formats(formats: list[str]) -> None:
@@ -110,26 +130,28 @@ def check_formats(formats: list[str]) -> None:
 
 
 def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
-    """Where results go: `output` (CheckpointError where that can be none), or MEASUREMENT/NAME-OF-CHECKPOINT."""
-    folder = output if output is not None else Path(measurement) / default_name(checkpoint)
-    check_folder(folder)
-    return folder
+    """Where results go: `output` (CheckpointError where that can be no folder), or MEASUREMENT/NAME-OF-CHECKPOINT."""
+    return check_output(output if output is not None else Path(measurement) / default_name(checkpoint))
 
 
-def check_folder(folder: Path, setting: str = "--output") -> None:
-    """Refuse what cannot be a folder to write to, before the work whose results go there."""
+def check_output(folder: Path) -> Path:
+    """Refuse what cannot be a folder for results, before the work whose results go there."""
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # a link to itself, too long a name, one with a null byte
-        raise CheckpointError(f"{setting} {shown(str(folder))}: {brief(error)}: name another folder") from error
+        reason = brief(error) if len(str(folder)) < 200 else getattr(error, "strerror", None) or type(error).__name__
+        raise CheckpointError(
+            f"--output {shown(str(folder))}: cannot be a folder ({reason}): give another --output"
+        ) from error
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        what = "is a file" if nearest == folder else f"{nearest} is a file"
-        raise CheckpointError(f"{setting} {folder}: {what}; expected a folder")
+        what = "is a file; expected a folder" if nearest == folder else f"{nearest} is a file; expected folders"
+        raise CheckpointError(f"--output {folder}: {what}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise StorageError(f"{setting} {folder}: you may not write in {nearest}: name another folder")
+        raise StorageError(f"--output {folder}: you may not write in {nearest}: give another --output")
+    return folder
 
 
 def configured_patch() -> dict[str, str]:
@@ -144,35 +166,42 @@ def facts_of(checkpoint: str) -> dict[str, Any]:
     return {"checkpoint": named(checkpoint), **({CONFIGURED: patch} if patch else {})}
 
 
-def check_results(path: Path, sources: Sequence[str]) -> None:
-    """Refuse to replace a file of other checkpoints' results, or of the same ones' under another configured patch."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or none that is worth keeping
-        return
-    if not isinstance(values, dict):
+def check_results(
+    path: Path,
+    sources: Sequence[str],
+    asked: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse to replace a file of results of other checkpoints, another configured patch, other settings or data.
+
+    `asked` and `defaults` are as `measurements.asked` makes them; None: only the checkpoints and the patch count.
+    """
+    values = kept.read_kept(path)
+    if values is None:
         return
     facts = values.get("facts", values)
     facts = facts if isinstance(facts, dict) else {}
     others, before = values.get("sources", [facts.get("checkpoint")]), facts.get(CONFIGURED) or {}
-    if not isinstance(others, list) or not others or not all(isinstance(other, str) for other in others):
-        return
-    asked, now = [named(source) for source in sources], configured_patch()
-    if [named(other) for other in others] == asked and before == now:
-        return
-    held, wanted = ", ".join(others), ", ".join(asked)
-    if before != now:
-        held, wanted = held + _with(before), wanted + _with(now)
-    raise CheckpointError(f"{path} holds the results of {held}, not of {wanted}: give another folder with --output")
+    told = strings(others) and bool(others) and isinstance(before, dict) and strings([*before.values()])
+    wanted, now = [named(source) for source in sources], configured_patch()
+    if told and ([named(other) for other in others] != wanted or before != now):
+        held, asked_for = ", ".join(others), ", ".join(wanted)
+        if before != now:
+            held, asked_for = held + _with(before), asked_for + _with(now)
+        raise CheckpointError(f"{path} holds the results of {held}, not of {asked_for}: {kept.ADVICE}")
+    if asked is not None:
+        kept.check_asked(values if told else {}, str(path), asked, defaults)
 
 
 def _with(patch: dict[str, str]) -> str:
     return f" with {', '.join(patch.values())} of gin" if patch else " without a patch of gin"
 
 
-def with_facts(result: R, checkpoint: str) -> R:
-    """A result with what it was measured on among its facts (`facts_of`)."""
-    return dataclasses.replace(result, facts={**facts_of(checkpoint), **result.facts})
+def with_facts(result: R, checkpoint: str, asked: Mapping[str, Any] | None = None) -> R:
+    """A result with what it was measured on among its facts (`facts_of`), and what it was asked for."""
+    return dataclasses.replace(
+        result, facts={**facts_of(checkpoint), **({kept.ASKED: asked} if asked else {}), **result.facts}
+    )
 
 
 def show(table: tuple[Sequence[str], Sequence[Sequence[str]]], title: str = "", notes: Sequence[str] = ()) -> None:

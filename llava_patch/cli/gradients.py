@@ -10,6 +10,8 @@ import typer
 from llava_patch.cli import common
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.files import plain
+from llava_patch.measurements import asked as kept
 
 
 @needs("gradients show", "figures")
@@ -19,14 +21,17 @@ def show(
     smoothness: Optional[float] = typer.Option(None, help="L of condition (7); default: the run's setting"),
     step_size: Optional[float] = typer.Option(None, help="its gamma; default: the run's setting or learning rate"),
     transition_windows: Optional[int] = typer.Option(None, help="windows that t_trans must last; default: the run's"),
+    overwrite: bool = common.OVERWRITE,
 ) -> None:
     """Draw and sum up what a training run has measured so far.
 
     Writes gradients.json and gradients.png from the run's gradients.jsonl.
     What is asked about condition (7) and t_trans may be changed afterwards.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.gradients.result import GradientsResult
 
+    common.check_paths([run])
     inside = run / "gradients"  # a training run's own folder does as well
     run = inside if inside.is_dir() else run
     result = GradientsResult.read(run)
@@ -34,10 +39,23 @@ def show(
     given = {name: value for name, value in asked.items() if value is not None}
     result = dataclasses.replace(result, settings=dataclasses.replace(result.settings, **given))
     folder = common.folder_for("gradients", str(run), run if output is None else output)
-    common.show(result.table())
-    typer.echo(result.summary())
-    for path in result.save(folder):
-        typer.echo(f"wrote {path}")
+    with folder_lock(folder):
+        path = folder / GradientsResult.NAME
+        before = kept.read_kept(path.with_suffix(".json")) if not overwrite else None
+        if before is not None:  # of this run, and maybe asked about in another way
+            there = {} if not isinstance(before.get("facts"), dict) else before["facts"]
+            kept.check_asked({kept.ASKED: _run(there)}, str(path.with_suffix(".json")), _run(plain(result.facts)))
+            if kept.ASKED in there:
+                result = dataclasses.replace(result, facts={**result.facts, kept.ASKED: there[kept.ASKED]})
+        common.show(result.table())
+        typer.echo(result.summary())
+        for path in result.save(folder):
+            typer.echo(f"wrote {path}")
+
+
+def _run(facts: dict[str, Any]) -> dict[str, Any]:
+    """What tells one measured run from another."""
+    return {name: value for name, value in facts.items() if name not in (kept.ASKED, common.CONFIGURED)}
 
 
 def table(
@@ -56,6 +74,7 @@ def table(
 
     if old:
         raise SettingError(f"--format {old}: is of figures in every command; a table is printed with --as {old}")
+    common.check_paths(runs)
     if form not in ("text", "markdown", "json"):
         raise SettingError(f"--as {form}: expected text, markdown or json")
     results = {name: GradientsResult.read(folder) for name, folder in run_folders(runs).items()}

@@ -1,5 +1,6 @@
 """The console command `llava-patch`."""
 
+import io
 import os
 import sys
 
@@ -43,14 +44,28 @@ def main() -> None:
     `LLAVA_PATCH_TRACEBACK=1` shows where it came from.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII, or a name that no encoding has
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
+    except SystemExit as end:
+        if _interrupted(end):
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
         code, text = said_of(error)
         print(f"llava-patch: {text}", file=sys.stderr)
         raise SystemExit(code) from error
+
+
+def _interrupted(end: SystemExit) -> bool:
+    """Whether the command line's library ended a command because of Ctrl-C, for which it has the code of a failure."""
+    abort = end.__context__
+    return abort is not None and isinstance(abort.__cause__, KeyboardInterrupt)
 
 
 def said_of(error: Exception) -> tuple[int, str]:

@@ -22,6 +22,7 @@ from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need
 from llava_patch.data.examples import check_data
 from llava_patch.data.target import Target
+from llava_patch.measurements import asked as kept
 from llava_patch.measurements import base as protocol
 from llava_patch.measurements.base import Measurement, Result
 from llava_patch.settings.active import settings_of
@@ -29,7 +30,8 @@ from llava_patch.settings.active import settings_of
 Words = dict[str, Any]
 """Values of a command's own options, by name."""
 ABSENT: Words = {
-    "data": "", "samples": None, "names": "", "extra": None, "base": "", "device": "", "dtype": "", "question": "",
+    "data": "", "samples": None, "names": "", "extra": None, "overwrite": False, "base": "", "device": "", "dtype": "",
+    "question": "",
 }  # fmt: skip
 """What commands are called with that have no such option."""
 FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
@@ -98,19 +100,21 @@ def run_command(measurement: Measurement) -> Callable[..., None]:
                 below, compared = _models(measurement, settings, one, asked.base)
                 how = {"device": asked.device, "dtype": asked.dtype, "question": asked.question}
                 targets.append(Target(one, asked.data, below, compared, **how, name=label))
-            _check(measurement, targets, folder / f"{measurement.stem(**others)}.json")
-            _run(measurement, targets, settings, folder, asked.formats, others)
+            if measurement.samples is not None:
+                check_data(asked.data)
+            _run(measurement, targets, settings, folder, asked, others)
 
     return _typed(_split(measurement, command), parameters, inspect.getdoc(type(measurement)) or "")
 
 
 def _run(
-    measurement: Measurement, targets: list[Target], settings: Any, folder: Path, formats: list[str], others: Words
+    measurement: Measurement, targets: list[Target], settings: Any, folder: Path, asked: Any, others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
     from llava_patch.core.locks import folder_lock
 
-    with folder_lock(folder if measurement.resumes else None):
+    with folder_lock(folder):
+        record = _check(measurement, targets, settings, folder, asked.overwrite, others)
         result: Any = None
         for target in targets:
             one = measurement.measure(target, settings, folder, **others)
@@ -120,7 +124,7 @@ def _run(
         for title, table in measurement.tables(result):
             show(table, title)
         typer.echo(result.summary())
-        for path in with_facts(result, targets[0].checkpoint).save(folder, formats=formats):
+        for path in with_facts(result, targets[0].checkpoint, record).save(folder, formats=asked.formats):
             typer.echo(f"wrote {path}")
         measurement.finished(folder)
 
@@ -142,12 +146,19 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
     }
 
     def command(asked: Any, fields: Words, others: Words) -> None:
+        from llava_patch.core.locks import folder_lock
+
+        with folder_lock(common.check_output(asked.output)):
+            compared(asked, fields, others)
+
+    def compared(asked: Any, fields: Words, others: Words) -> None:
         models, output = asked.models, asked.output
         need(f"{name} compare", *measurement.extras)
         common.check_formats(asked.formats)
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
+        common.check_paths(models)
         called = protocol.names_of(models, asked.names, file)
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]
@@ -165,13 +176,24 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
                 if read_json(given, "config.json") is None:
                     what = f"{given}: neither a checkpoint (no config.json) nor a {measurement.name} result"
                     raise CheckpointError(what)
-                _check(measurement, [target], output / target.name / file)
-            for target in targets:
+            if targets:
+                check_data(asked.data)
+            records = [
+                _check(measurement, [target], settings, output / target.name, asked.overwrite, others)
+                for target in targets
+            ]
+            sources, record = kept.places(models), {"--names": called, **(records or [{}])[0]}
+            if not asked.overwrite:
+                check_results(output / "compare.json", sources, record, kept.defaults_of(measurement))
+            about = {"sources": sources, kept.ASKED: record}
+            if patch := common.configured_patch():
+                about[common.CONFIGURED] = patch
+            for target, record in zip(targets, records, strict=True):
                 typer.echo(f"measuring {target.name}", err=True)
-                found[target.name] = _kept(measurement, target, settings, output / target.name, others)
-        compared = registry.load(measurement.compare)(found)
-        paths = compared.save(output, formats=asked.formats)
-        show((compared.head, compared.rows), compared.title, compared.notes)
+                found[target.name] = _kept(measurement, target, settings, output / target.name, record, others)
+        result = dataclasses.replace(registry.load(measurement.compare)(found), asked=about)
+        paths = result.save(output, formats=asked.formats)
+        show((result.head, result.rows), result.title, result.notes)
         for path in paths:
             typer.echo(f"wrote {path}")
 
@@ -183,16 +205,18 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
     return _typed(_split(measurement, command), parameters, text)
 
 
-def _kept(measurement: Measurement, target: Target, settings: Any, folder: Path, others: Words) -> Result:
+def _kept(
+    measurement: Measurement, target: Target, settings: Any, folder: Path, record: Words, others: Words
+) -> Result:
     """A checkpoint's result: of an earlier run where that was the same measurement, else measured and written now."""
     from llava_patch.core.locks import folder_lock
 
     with folder_lock(folder):
-        kept = measurement.kept(target, settings, folder)
-        if kept is not None:
+        before = measurement.kept(target, settings, folder)
+        if before is not None:
             typer.echo(f"{folder / (measurement.name + '.json')}: measured before", err=True)
-            return kept
-        result = with_facts(measurement.measure(target, settings, folder, **others), target.checkpoint)
+            return before
+        result = with_facts(measurement.measure(target, settings, folder, **others), target.checkpoint, record)
         result.save(folder)
         measurement.finished(folder)
     target.release()
@@ -292,12 +316,21 @@ def _models(measurement: Measurement, settings: Any, checkpoint: str, base: str)
     return base if part else "", base_of(checkpoint, other, "--base")
 
 
-def _check(measurement: Measurement, targets: list[Target], path: Path) -> None:
-    """Refuse what cannot end well before minutes are spent on loading a model."""
+def _check(
+    measurement: Measurement, targets: list[Target], settings: Any, folder: Path, overwrite: bool, others: Words
+) -> Words:
+    """Refuse to replace results of another kind, before minutes are spent on loading a model; what is asked for."""
+    record = kept.asked_of(measurement, targets[0], settings, others)
     bases = [target.base for target in targets] if measurement.compares else []
-    check_results(path, [*(target.checkpoint for target in targets), *bases])
-    if measurement.samples is not None:
-        check_data(targets[0].data)
+    path = folder / f"{measurement.stem(**others)}.json"
+    try:
+        checkpoints = [*(target.checkpoint for target in targets), *bases]
+        check_results(path, checkpoints, record, kept.defaults_of(measurement))
+    except CheckpointError:
+        if not overwrite or path.is_dir():
+            raise
+        measurement.make_way(folder)
+    return record
 
 
 def _check_words(name: str, data: str, extra: list[str]) -> None:

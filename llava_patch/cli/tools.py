@@ -6,7 +6,17 @@ from typing import Any, Optional
 
 import typer
 
-from llava_patch.cli.common import DATA, DEVICE, GIN_FILE, GIN_PARAM, QUESTION, check_folder, configured, folder_for
+from llava_patch.cli.common import (
+    DATA,
+    DEVICE,
+    GIN_FILE,
+    GIN_PARAM,
+    OVERWRITE,
+    QUESTION,
+    check_output,
+    configured,
+    folder_for,
+)  # fmt: skip
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.data.examples import check_data
@@ -120,6 +130,7 @@ def report_command(
     only: list[str] = typer.Option([], help="make this section only; may be repeated"),  # noqa: B008
     skip: list[str] = typer.Option([], help="leave this section out; may be repeated"),  # noqa: B008
     fresh: bool = typer.Option(False, "--fresh", help="measure finished sections again"),
+    overwrite: bool = OVERWRITE,
     source: str = typer.Option("", "--from", help="write the page of this report folder again; needs no model"),
     device: str = DEVICE,
     dtype: str = typer.Option("", help="of the models; default: float32 on cpu, bfloat16 on cuda"),
@@ -144,8 +155,9 @@ def report_command(
             raise SettingError("--from writes the page of results that are there: leave CKPT out")
         kept = build.read(Path(source))
         if kept is None:
-            raise CheckpointError(f"--from {source}: no {build.KEPT} there")
-        typer.echo(f"wrote {build.write_page(kept, Path(source))}")
+            raise CheckpointError(f"--from {source}: no {build.KEPT} there: give the folder of a report")
+        with folder_lock(Path(source)):
+            typer.echo(f"wrote {build.write_page(kept, Path(source))}")
         return
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
@@ -164,7 +176,7 @@ def report_command(
             checkpoint, data, base=base, **how, rprobe=rprobe, run=run, settings=settings_of(Report), gin=gin
         )
         with folder_lock(folder):
-            values = build.build(context, every, chosen, folder, fresh, typer.echo)
+            values = build.build(context, every, chosen, folder, fresh, overwrite, typer.echo)
             typer.echo(f"wrote {build.write_page(values, folder)}")
     failed = [record.name for record in values["sections"] if record.state == FAILED]
     if failed:
@@ -186,17 +198,21 @@ def bench(
     lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
     fusions: bool = typer.Option(False, "--fusions", help="time vision fusions (prefill, full training step) instead"),
     output: Path = typer.Option(Path("bench"), help="folder for the .json, .md and (routing) .png"),  # noqa: B008
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Time prefill and decode of every routing method beside the stock model, and check its identity.
 
     With --fusions: prefill and a full training step of every vision
     fusion, tower included.
     """
+    import torch
     from rich.console import Console
 
+    from llava_patch.core.locks import folder_lock
     from llava_patch.core.terminal import show
     from llava_patch.data.loaded import pick_device, pick_dtype
     from llava_patch.hosts import sizes
+    from llava_patch.measurements.asked import ASKED, check_kept
     from llava_patch.tools.bench import fusion, measure, methods, report
 
     if shape not in sizes.SHAPES:
@@ -211,39 +227,56 @@ def bench(
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     if fusions and (split >= 0 or train):
         raise SettingError("--fusions: always times a training step, and knows no --split: leave both out")
-    check_folder(output)
     tower = sizes.TOWERS["none" if not fusions else "small" if shape == "small" else "large"]
-    console = Console()
+    console, machine = Console(), report.machine(torch.device(device))
+    asked: dict[str, Any] = {
+        "--shape": shape, "--device": machine["device"], "--dtype": dtype, "--attention": attention,
+        "--repeats": repeats,
+    }  # fmt: skip
+    if not fusions:
+        asked |= {"--split": split, "--text": text, "--batch": batch, "--train": train, "--lora": lora}
 
     def build() -> tuple[Any, dict[str, Any]]:
         model: Any = methods.build(size, device, number, attention, tower)
-        about = report.machine(model.device)
-        return model, {**about, "shape": shape, "dtype": dtype, "attention": attention, "repeats": repeats}
+        return model, {
+            **machine,
+            "shape": shape,
+            "dtype": dtype,
+            "attention": attention,
+            "repeats": repeats,
+            ASKED: asked,
+        }
 
     def wrote(paths: list[Path]) -> None:
         for path in paths:
             console.print(f"wrote {path}")
 
+    def name_of(samples: int, words: int) -> str:
+        return f"fusion_speed_{shape}" + (f"_text{words}_batch{samples}" if (words, samples) != (64, 1) else "")
+
     settings = [(samples, words) for samples in batch for words in text]
-    if fusions:
+    names = [name_of(*one) for one in settings] if fusions else [f"routing_{shape}"]
+    with folder_lock(check_output(output)):
+        for name in names if not overwrite else ():
+            check_kept(output / f"{name}.json", asked, {})
+        if fusions:
+            for (samples, words), name in zip(settings, names, strict=True):
+                model, about = build()
+                rest = f"one image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
+                title = f"{shape}: 24 ViT blocks, {rest}"
+                rows = fusion.measure(model, fusion.fusions(), words, samples, repeats=repeats)
+                show(console, *report.fusion_table(rows), [], title)
+                wrote(report.write_fusions(output, name, rows, title, about))
+            return
+        model, about = build()
+        tables = {}
         for samples, words in settings:
-            model, about = build()
-            rest = f"one image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-            title = f"{shape}: 24 ViT blocks, {rest}"
-            rows = fusion.measure(model, fusion.fusions(), words, samples, repeats=repeats)
-            show(console, *report.fusion_table(rows), [], title)
-            name = f"fusion_speed_{shape}" + (f"_text{words}_batch{samples}" if (words, samples) != (64, 1) else "")
-            wrote(report.write_fusions(output, name, rows, title, about))
-        return
-    model, about = build()
-    tables = {}
-    for samples, words in settings:
-        title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-        compared = methods.methods(size.layers, size.split if split < 0 else split, lora)
-        tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
-        for table in report.method_tables(tables[title]):
-            show(console, *table, [], title)
-    wrote(report.write(output, f"routing_{shape}", tables, about))
+            title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
+            compared = methods.methods(size.layers, size.split if split < 0 else split, lora)
+            tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
+            for table in report.method_tables(tables[title]):
+                show(console, *table, [], title)
+        wrote(report.write(output, names[0], tables, about))
 
 
 @needs("sweep", "figures")

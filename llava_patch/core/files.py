@@ -226,9 +226,9 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write text in UTF-8 atomically."""
+    """Write text in UTF-8 atomically; what no encoding has (half a surrogate pair) as its number."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -22,7 +22,10 @@ def default_name(checkpoint: str) -> str:
 
 def named(checkpoint: str) -> str:
     """A checkpoint whatever way its path is written; what is no local folder is a name of the hub."""
-    return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+    try:
+        return str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+    except (OSError, ValueError):  # text from a file, which need be no path
+        return checkpoint
 
 
 def _find(name: str, checkout: str = "") -> Path:

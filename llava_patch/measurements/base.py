@@ -5,9 +5,9 @@ bindings, a section of the report and, with `metrics`, what an lmms-eval task ne
 its functions only: every `llava-patch --help` reads it.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
 from llava_patch.core import plotting, registry
-from llava_patch.core.errors import InputError, SettingError
+from llava_patch.core.errors import InputError, LlavaPatchError, SettingError, brief
 from llava_patch.core.extras import optional
 from llava_patch.core.files import plain, write_json
+from llava_patch.core.stored import is_finite, read_object, shown
 from llava_patch.data.target import Target
 from llava_patch.settings.active import settings_of
 
@@ -31,6 +32,10 @@ FIGURES = ("png", "pdf")
 """Formats that `--format` takes."""
 COUNTS = ("max_samples", "samples")
 """Fields of settings that --samples stands for."""
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, LlavaPatchError)
+"""What reading values of the wrong kinds raises, once they are read from a file."""
+LARGEST = 10**30
+"""No count is larger: beyond, floats and formats give up."""
 NOT_WRITTEN = {"written": False}
 """Metadata of a result's field that stays in memory, such as pictures for its figure."""
 
@@ -66,6 +71,9 @@ class Measurement:
     extras: ClassVar[tuple[str, ...]] = ("figures",)  # of pyproject.toml, see `core.extras`
     words: ClassVar[dict[str, str]] = {}  # spelling of single options, such as {"everything": "--all"}
     hidden: ClassVar[tuple[str, ...]] = ()  # fields of `settings` that are no options
+    # What its numbers do not depend on: fields of `settings`, and options of `measure` ("--show"). See `asked`.
+    aside: ClassVar[tuple[str, ...]] = ()
+    sources: ClassVar[tuple[str, ...]] = ()  # options of `measure` that name data
     # "MODULE:FUNCTION" that makes a `Comparison` of results by their names; "": they are not compared.
     compare: ClassVar[str] = ""
     readers: ClassVar[tuple[str, ...]] = ()  # who else reads its bindings, for `llava-patch doctor`
@@ -167,6 +175,9 @@ class Measurement:
     def finished(self, folder: Path) -> None:
         """The result is written: take away what an unfinished run would go on from."""
 
+    def make_way(self, folder: Path) -> None:
+        """A finished result of another kind is to be replaced: take away what `measure` would refuse to replace."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -223,22 +234,33 @@ class Result:
         """
         what = cls.format().removeprefix("llava_patch ")
         if not isinstance(values, dict) or values.get("format", cls.format()) != cls.format():
-            raise InputError(f"{where}: not a {what}")
+            raise InputError(f"{where}: not a {what}: name another file, or measure again")
         version = values.get("version", 1)
         if version != cls.VERSION:
             raise InputError(
-                f"{where}: a {what} of version {version}, this version of llava_patch reads {cls.VERSION}: measure "
-                "again, or use the llava_patch that wrote it"
+                f"{where}: a {what} of version {shown(version)}, this version of llava_patch reads {cls.VERSION}: "
+                "measure again, or use the llava_patch that wrote it"
             )
         try:
             found = cls.decode({k: v for k, v in values.items() if k not in ("format", "version")})
+            if not isinstance(found.facts, dict):
+                raise TypeError(f"facts: expected an object, got {shown(found.facts)}")
             unknown = sorted(set(values) - {"facts"} - set(found.to_dict()))
             if unknown:
                 raise ValueError(f"unknown: {', '.join(unknown)}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found.check()
+        except DAMAGED as error:
             kind = "missing" if isinstance(error, KeyError) else type(error).__name__
-            raise InputError(f"{where}: not a {what} of this version ({kind}: {error}): measure again") from error
+            raise InputError(
+                f"{where}: not a {what} of this version ({kind}: {brief(error)}): measure again"
+            ) from error
         return found
+
+    def check(self) -> None:
+        """Raise one of `DAMAGED` where the fields are of their types and yet no result: here, what is told of them."""
+        for told in (self.summary, self.table):
+            with contextlib.suppress(NotImplementedError):
+                told()
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> "Self":
@@ -260,11 +282,7 @@ class Result:
     @classmethod
     def load(cls, path: str | Path) -> "Self":
         """Read a file that `save` wrote; InputError as of `from_dict`."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as a {cls.TITLE} result ({error}): measure again") from error
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_object(Path(path), InputError, f" (a {cls.TITLE} result): measure again"), str(path))
 
 
 @dataclass(frozen=True)
@@ -277,10 +295,12 @@ class Comparison:
     notes: list[str]  # what keeps them from being compared, and what else is to be said; a sentence each
     figure: str  # "MODULE:FUNCTION" that draws them: called with `results` and a path, which it returns
     title: str = ""  # of the table
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the file says besides of how it was made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
+            **self.asked,
             "results": {name: result.to_dict() for name, result in self.results.items()},
             "table": {"head": self.head, "rows": self.rows},
             "notes": self.notes,
@@ -402,27 +422,33 @@ def decode(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return decode_fields(hint, value)
     if hint is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-            raise TypeError(f"expected a number, got {value!r}")
+        if value is not None and not is_finite(value) and value == value:
+            raise TypeError(f"expected a number, got {shown(value)}")
         return float("nan") if value is None else value
+    if hint is int:
+        if not is_finite(value) or not isinstance(value, int) or abs(value) > LARGEST:
+            raise TypeError(f"expected an integer, got {shown(value)}")
+        return value
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise TypeError(f"expected a list, got {value!r}")
+            raise TypeError(f"expected a list, got {shown(value)}")
         if origin is tuple and inner[-1] is not Ellipsis:
             return tuple(decode(one, item) for one, item in zip(inner, value, strict=True))
         return origin(decode(inner[0], item) for item in value)
     if origin is dict:
+        if inner[0] is str and not isinstance(value, dict):
+            raise TypeError(f"expected an object, got {shown(value)}")
         pairs = value.items() if isinstance(value, dict) else value
-        return {key: decode(inner[1], item) for key, item in pairs}
+        return {decode(inner[0], key): decode(inner[1], item) for key, item in pairs}
     if hint is not Any and isinstance(hint, type) and not isinstance(value, hint):
-        raise TypeError(f"expected {hint.__name__}, got {value!r}")
+        raise TypeError(f"expected {hint.__name__}, got {shown(value)}")
     return value
 
 
 def decode_fields(cls: Any, values: Any, others: bool = False) -> Any:
     """A dataclass of its fields' JSON values, which may stand among `others`; see `decode`."""
     if not isinstance(values, dict):
-        raise TypeError(f"expected the fields of {cls.__name__}, got {values!r}")
+        raise TypeError(f"expected the fields of {cls.__name__}, got {shown(values)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("written", True)}
     unknown = sorted(set(values) - set(fields))
     if unknown and not others:

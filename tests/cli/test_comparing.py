@@ -101,10 +101,20 @@ def test_examples_are_as_many_as_options_or_bindings_say_and_spread_over_the_dat
         Image.new("RGB", (8, 8), (7 * i, 0, 0)).save(data / f"{i:02}.png")
     stock = folders["stock"]
     run("attention-maps", stock, "--data", data, "--block", 1)
-    run("attention-maps", stock, "--data", data, "--block", 1, "--gin-param", "AttentionMaps.max_samples = 5")
+    run(
+        "attention-maps",
+        stock,
+        "--data",
+        data,
+        "--block",
+        1,
+        "--gin-param",
+        "AttentionMaps.max_samples = 5",
+        "--overwrite",
+    )
     run("fusion-attention", stock, data, "--base", stock, "--gin-param", "FusionAttention.max_samples = 33")
     run("drift", stock, data, "--base", stock, "--samples", 2, "--gin-param", "Drift.max_samples = 33", "--together")
-    run("drift", stock, data, "--base", stock, "--samples", 0)
+    run("drift", stock, data, "--base", stock, "--samples", 0, "--overwrite")
     assert [len(one) for one in taken] == [4, 5, 33, 33, 2, 2, 34, 34]
     assert taken[0] == ["00.png", "08.png", "17.png", "25.png"] and taken[4] == ["00.png", "17.png"]
     assert json.loads(Path("drift/stock/drift.json").read_text())["samples"] == 34

@@ -1,5 +1,6 @@
 """The console command."""
 
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,27 @@ def test_the_folder_to_write_has_the_word_that_it_has_everywhere(command, tmp_pa
     assert str(done.exception) == "old: the folder to write is named with --output old"
     missing = runner.invoke(app, [command, "model", "--to", "hf"], env={"COLUMNS": "200"})
     assert missing.exit_code == 2 and "--output" in missing.output
+
+
+def test_ctrl_c_anywhere_ends_with_130_and_one_line(monkeypatch, capsys):
+    from llava_patch.cli.main import main
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_patch.tools.inspect.inspect_checkpoint", interrupted)
+    monkeypatch.setattr(sys, "argv", ["llava-patch", "inspect", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+def test_a_terminal_in_ascii_and_a_pipe_that_is_closed(tmp_path):
+    code = [sys.executable, "-m", "llava_patch.cli.main"]
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    words = ["inspect", str(tmp_path / "größe")]
+    done = subprocess.run([*code, *words], capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 2 and "gr\\" in done.stderr and "unexpected" not in done.stderr
+    with subprocess.Popen([*code, "gin-files"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""

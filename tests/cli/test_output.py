@@ -67,9 +67,16 @@ def test_a_configured_patch_does_not_replace_the_stock_results(name: str, stock:
 
 def test_results_that_say_less(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    for text in ("{", "[]", "{}", '{"facts": {}}', '{"facts": []}', '{"sources": [1]}', '{"sources": "a"}'):
+    check_results(path, ["a"], {})
+    for text in ("{}", '{"facts": {}}', '{"facts": []}', '{"sources": [1]}', '{"sources": "a"}', '{"checkpoint": "a"}'):
         path.write_text(text)
-        check_results(path, ["a"])
+        check_results(path, ["a"])  # beside what is written
+        with pytest.raises(CheckpointError, match=r"does not say with which settings .* --overwrite"):
+            check_results(path, ["a"], {})
+    for text in ("{", "[]"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"result.json: not valid JSON .* --overwrite"):
+            check_results(path, ["a"], {})
     path.write_text('{"checkpoint": "b"}')
     with pytest.raises(CheckpointError, match="holds the results of b, not of a: give another folder with --output"):
         check_results(path, ["a"])
@@ -77,6 +84,26 @@ def test_results_that_say_less(tmp_path: Path) -> None:
     check_results(path, ["a", "b"])
     with pytest.raises(CheckpointError, match="results of a, b, not of a:"):
         check_results(path, ["a"])
+
+
+def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+
+    def there(**asked: Any) -> None:
+        path.write_text(json.dumps({"sources": ["a"], "facts": {"asked": asked}}))
+
+    here, defaults = {"X.depth": 2, "X.layers": [1], "X.new": 5, "data": "/d", "--question": ""}, {"X.new": 5}
+    there(**{"X.depth": 2.0, "X.layers": [1], "data": "/d"})  # without what was added later
+    check_results(path, ["a"], here, defaults)
+    for values, said in (
+        ({"X.depth": 3, "X.layers": [1], "data": "/d"}, r"X.depth = 3 there, 2 here: give .* --overwrite"),
+        ({"X.depth": 2, "X.layers": [1], "data": "/e"}, "data = '/e' there, '/d' here"),
+        ({"X.depth": 2, "X.layers": [1], "data": "/d", "X.new": 0}, "X.new = 0 there, 5 here"),
+        ({"X.depth": 2, "X.layers": [1], "data": "/d", "X.unknown": 1}, "X.unknown = 1 there, None here"),
+    ):
+        there(**values)
+        with pytest.raises(CheckpointError, match=said):
+            check_results(path, ["a"], here, defaults)
 
 
 def test_what_a_record_says_of_a_patch() -> None:
@@ -94,7 +121,7 @@ def test_reach_takes_all_samples(stock: Path) -> None:
     Image.new("RGB", (60, 60), "white").save("a.png")
     Path("data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 6))
     for words, count in (((), 4), (("--samples", 0), 6), (("--gin-param", "Reach.samples = 2"), 2)):
-        done = run("reach", stock, "data.json", *words)
+        done = run("reach", stock, "data.json", *words, "--overwrite")
         assert done.exit_code == 0, (done.output, done.exception)
         assert json.loads(Path("reach/stock/reach.json").read_text())["samples"] == count
 

@@ -175,7 +175,7 @@ def test_a_file_and_a_line_make_a_command(tmp_path: Path, monkeypatch: pytest.Mo
     assert done.exit_code == 0, (done.output, done.exception)
     assert "Depth 1, layers (1, 3), size 4.0." in done.output and (tmp_path / "out" / "toy.png").is_file()
     read = ToyResult.load(tmp_path / "out" / "toy.json")
-    assert read.settings == Toy(1, (1, 3)) and read.facts == {"checkpoint": str(tmp_path / "model")}
+    assert read.settings == Toy(1, (1, 3)) and read.facts["checkpoint"] == str(tmp_path / "model")
     said = CliRunner().invoke(root, ["toy", "--help"], env={"COLUMNS": "200"}).output
     assert "How large is it?" in said and "how deep it looks" in said and "what it is" in said
 

@@ -1,6 +1,9 @@
 """`llava-patch rprobe compare`, and `llava-patch correlate`, also found as `llava-patch rprobe correlate`."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -11,6 +14,7 @@ from llava_patch.core import files
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.core.terminal import show
+from llava_patch.measurements import asked as kept
 from llava_patch.measurements.base import words
 
 
@@ -23,6 +27,7 @@ def compare_command(
     names: str = typer.Option("", help="what to call them, such as stock,detached; default: their folders"),
     baseline: str = typer.Option("", help="name of the one that the others are compared with; default: the first"),
     output: Path = typer.Option(Path("rprobe_compare"), help="folder for compare.md, .json and the figure"),  # noqa: B008
+    overwrite: bool = common.OVERWRITE,
     formats: list[str] = common.FORMAT,
     resamples: int = typer.Option(2000, min=1, help="bootstrap resamples behind an interval"),
     seed: int = typer.Option(0, min=0, help="of the bootstrap"),
@@ -33,14 +38,19 @@ def compare_command(
     both results are of the same held-out samples. What differs between runs
     besides the model is listed under the table.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe.compare import compare_probes, load
 
     common.check_formats(formats)
-    found = load(results, words(names))
-    if len(found) < 2:
-        raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
-    compared = compare_probes(found, baseline, resamples, seed)
-    written = compared.save(output, formats=formats)
+    common.check_paths(results)
+    with folder_lock(common.check_output(output)):
+        found = load(results, words(names))
+        if len(found) < 2:
+            raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
+        compared = compare_probes(found, baseline, resamples, seed)
+        options = {"--names": [*found], "--baseline": compared.baseline, "--resamples": resamples, "--seed": seed}
+        about = _about(output / "compare.json", results, options, overwrite)
+        written = dataclasses.replace(compared, asked=about).save(output, formats=formats)
     errors, rest = compared.narrow()
     show(Console(), *errors, [], f"R-Probe results (base: {compared.baseline})")
     show(Console(), *rest, compared.notes, "in text, beside: MSE of the pixels there; last two: training steps until")
@@ -60,6 +70,7 @@ def correlate(
     tasks: str = typer.Option("", help="such as ocrbench,textvqa_val or task/metric; default: what all have"),
     names: str = typer.Option("", help="what to call the checkpoints; default: lmms-eval's names of them"),
     output: Path = typer.Option(Path("rprobe_correlate"), help="folder for correlate.md, .json, figure"),  # noqa: B008
+    overwrite: bool = common.OVERWRITE,
     formats: list[str] = common.FORMAT,
     seed: int = typer.Option(0, min=0, help="of the permutations, where there are too many to count out"),
 ) -> None:
@@ -68,11 +79,14 @@ def correlate(
     Scores come from lmms-eval's results JSON. The sign is turned so that
     above 0 a better probe goes with a better score.
     """
+    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe import correlate as correlation
     from llava_patch.measurements.rprobe.compare import markdown_page
     from llava_patch.measurements.rprobe.figures import draw_correlations, save
 
     common.check_formats(formats)
+    common.check_output(output)
+    common.check_paths([part for source in sources for part in source.split("=") if part or not source])
     checkpoints, notes = correlation.read_checkpoints(sources, words(names))
     found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
     what, more_is_better = correlation.PROBES[probe]
@@ -81,11 +95,22 @@ def correlate(
     notes = [sign, *notes, *more, *correlation.footer(found)]
     head, lines = correlation.cells(found)
     title = f"Rank correlation with R-Probe's {what}"
-    written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
-    record = {"probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
-    written.append(files.write_json(output / "correlate.json", record))
-    picture = draw_correlations(found, what)
-    written += [save(picture, output / f"correlate.{suffix}") for suffix in formats]
+    options = {"--probe": probe, "--tasks": words(tasks), "--names": words(names), "--seed": seed}
+    with folder_lock(output):
+        about = _about(output / "correlate.json", sources, options, overwrite)
+        written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
+        record = {**about, "probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}
+        written.append(files.write_json(output / "correlate.json", record))
+        picture = draw_correlations(found, what)
+        written += [save(picture, output / f"correlate.{suffix}") for suffix in formats]
     show(Console(), head, lines, notes, title)
     for path in written:
         typer.echo(f"wrote {path}")
+
+
+def _about(path: Path, sources: Sequence[Any], options: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """What the file says of how it was made; one that was made in another way is refused."""
+    where = kept.places(sources)
+    if not overwrite:
+        common.check_results(path, where, options)
+    return {"sources": where, kept.ASKED: options}

@@ -140,7 +140,8 @@ def store(clear: bool = typer.Option(False, "--clear", help="delete every store 
             f"  model  {about.get('model', '?')}",
             f"  data   {about.get('data', '?')}{', masked' if about.get('masked') else ''}",
         ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    text = "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _size(number: int) -> str:

@@ -17,6 +17,7 @@ from llava_patch.core.extras import need
 from llava_patch.core.files import write_json, write_text
 from llava_patch.core.terminal import bordered, counted
 from llava_patch.core.undo import UndoStack
+from llava_patch.measurements import asked as kept
 from llava_patch.measurements.rprobe import ablation as four
 from llava_patch.measurements.rprobe.measurement import RProbeMeasurement, read
 
@@ -32,6 +33,7 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
     "output": (Optional[Path], typer.Option(None, help=_WHERE, show_default=False)),
     "ablation": (bool, typer.Option(False, "--ablation", help=_FOUR)),
     **measure.options_of(PROBE),
+    "overwrite": (bool, common.OVERWRITE),
     "formats": (list[str], common.FORMAT),
     "base": (str, common.BASE),
     "device": (str, common.DEVICE),
@@ -41,7 +43,9 @@ PARAMETERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: list[str], **words: Any) -> None:
+def run_command(
+    checkpoint: str, output: Path | None, ablation: bool, overwrite: bool, formats: list[str], **words: Any
+) -> None:
     """See `RProbeMeasurement`, whose docstring is the help."""
     need("rprobe", *PROBE.extras)  # before torch, which takes seconds
     from llava_patch.core import parallel
@@ -61,10 +65,13 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
         raise SettingError("--heldout: name the data to train on as well, as DATA")
     folder = common.folder_for("rprobe", checkpoint, output)
 
+    def asked_of(settings: Any) -> dict[str, Any]:
+        return kept.asked_of(PROBE, target, settings, {"heldout": heldout})
+
     def probe(settings: Any, folder: Path) -> "RProbeResult":
         with folder_lock(folder):
             found = PROBE.measure(target, settings, folder, sources, heldout=heldout, show=show)
-            result = with_facts(found, checkpoint)
+            result = with_facts(found, checkpoint, asked_of(settings))
             write_run(result, folder, formats)
         _say(result.summary())
         return result
@@ -75,8 +82,10 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
     try:
         with undo, active.also(*gin), signals_interrupt(), parallel.processes(), parallel.guard():
             settings = active.settings_of(PROBE.settings, **fields)
-            check_folder(folder, checkpoint)
             target = Target(checkpoint, data, base, "", device, dtype)
+            asked = asked_of(settings)
+            if not overwrite:
+                check_folder(folder, checkpoint, asked, ablation)
             sources = read(data, settings), read(heldout, settings)
             for source, samples in zip((data, heldout), sources, strict=True):
                 if samples is not None and samples.skipped:
@@ -84,7 +93,7 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
                     _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
             if ablation:
                 with folder_lock(folder):
-                    _all_four(probe, settings, folder, checkpoint)
+                    _all_four(probe, settings, folder, checkpoint, asked)
             else:
                 maps = counted(len(probe(settings, folder).maps), "error map")
                 figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
@@ -98,15 +107,22 @@ def run_command(checkpoint: str, output: Path | None, ablation: bool, formats: l
 app.command("run", no_args_is_help=True)(measure._typed(run_command, PARAMETERS, PROBE.__doc__ or ""))
 
 
-def check_folder(folder: Path, checkpoint: str) -> None:
-    """Refuse to replace R-Probe's results of another checkpoint, or of this one under another patch of gin."""
+def check_folder(folder: Path, checkpoint: str, asked: dict[str, Any], ablation: bool) -> None:
+    """Refuse a folder with R-Probe's results of another checkpoint, or under another patch of gin.
+
+    Of those that would be replaced, refuse such of other settings or data, too (`asked`).
+    """
     from llava_patch.measurements.rprobe.output import RESULT
 
-    for name in (RESULT, four.SUMMARY, *(f"{name}/{RESULT}" for name in four.VARIANTS)):
-        check_results(folder / name, [checkpoint])
+    variants = {f"{name}/{RESULT}": {f"RProbe.{k}": v for k, v in own.items()} for name, own in four.VARIANTS.items()}
+    for name, own in {RESULT: {}, four.SUMMARY: {}, **variants}.items():
+        replaced = ablation == (name != RESULT)
+        check_results(folder / name, [checkpoint], asked | own if replaced else None, kept.defaults_of(PROBE))
 
 
-def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folder: Path, checkpoint: str) -> None:
+def _all_four(
+    probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folder: Path, checkpoint: str, asked: dict[str, Any]
+) -> None:
     from llava_patch.core import parallel
     from llava_patch.measurements.rprobe.output import FIGURE, RESULT
 
@@ -117,8 +133,8 @@ def _all_four(probe: "Callable[[Any, Path], RProbeResult]", settings: Any, folde
     if parallel.rank() != 0:
         return
     summary = four.summarise(results, settings)
-    kept = {key: results[name].facts[key] for key in ("base", "source", "heldout_source")}
-    write_json(folder / four.SUMMARY, {**facts_of(checkpoint), **kept, **summary})
+    facts = {key: results[name].facts[key] for key in ("base", "source", "heldout_source")}
+    write_json(folder / four.SUMMARY, {**facts_of(checkpoint), **facts, kept.ASKED: asked, **summary})
     write_text(folder / "ablation.md", four.markdown_page(summary, f"R-Probe ablation of {checkpoint}"))
     for head, rows in four.tables(summary):
         Console().print(bordered(head, rows))

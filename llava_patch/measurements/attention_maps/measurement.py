@@ -136,8 +136,11 @@ class AttentionMapsResult(Result):
         """Read the maps; the images themselves are not in the file, so no figure can be drawn from it."""
         found, names = values["checkpoints"], ("checkpoint", "source", "query", "part", "block", "n_blocks")
         return cls(
-            [image["image"] for image in found[0]["images"]],
-            [CheckpointMaps(**{n: one[n] for n in names}, maps=[i["map"] for i in one["images"]]) for one in found],
+            decode(list[str], [image["image"] for image in found[0]["images"]]),
+            [
+                decode(CheckpointMaps, {**{n: one[n] for n in names}, "maps": [i["map"] for i in one["images"]]})
+                for one in found
+            ],
             decode(AttentionMaps, values["settings"]),
             facts=values.get("facts", {}),
         )
@@ -260,6 +263,8 @@ class AttentionMapsMeasurement(Measurement):
     result = "llava_patch.measurements.attention_maps.measurement:AttentionMapsResult"
     samples = 4
     several = True
+    aside = ("AttentionMaps.chunk",)
+    sources = ("--image",)
     report_count = "maps"
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:

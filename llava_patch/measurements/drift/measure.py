@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava_patch.core.errors import HostError, InputError, SettingError
+from llava_patch.core.errors import HostError, InputError, SettingError, StorageError
+from llava_patch.core.files import storage_errors
 from llava_patch.core.locks import FileLock
 from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
@@ -150,8 +151,12 @@ class Store(contextlib.ExitStack):
     def __enter__(self) -> "Store":
         """The store."""
         parent = cache_folder() / "drift"
-        parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(parent / LOCK):  # nobody takes a folder for a dead one's before it is locked
+        with storage_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        with (
+            storage_errors(parent / LOCK),
+            FileLock(parent / LOCK),
+        ):  # nobody takes a folder for a dead one's before it is locked
             for folder in parent.glob(f"{PREFIX}*"):
                 lock = FileLock(folder / LOCK, timeout=0)
                 with contextlib.suppress(Timeout, OSError):  # in use, or another user's
@@ -174,15 +179,14 @@ class Store(contextlib.ExitStack):
                 f"Drift.store_gb = {self.limit / GB:.3g}: raise it, {advice}"
             )
         if wanted > free:
-            raise InputError(
+            raise StorageError(
                 f"drift: hidden states need {wanted / GB:.3g} GB in {self.folder.parent}, where {free / GB:.3g} GB are "
                 f"free: put LLAVA_PATCH_CACHE elsewhere, {advice}"
             )
         rows = {f"row{i}": row.cpu().contiguous() for i, row in enumerate(states.rows)}
-        save_file(
-            {**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()},
-            self.folder / f"{number}.safetensors",
-        )
+        path = self.folder / f"{number}.safetensors"
+        with storage_errors(path):
+            save_file({**rows, "text_ids": states.seen.text_ids, "image": states.seen.placed.cpu()}, path)
         self.used += states.size
 
     def pop(self, number: int) -> States:
@@ -212,8 +216,10 @@ class Quantiles:
     def add(self, values: np.ndarray) -> None:
         """Add columns: float32 [rows, n]."""
         self.rows = values.shape[0]
-        self._blocks.append((self._file.seek(0, 2), values.shape[1]))
-        self._file.write(np.ascontiguousarray(values, dtype=np.float32).tobytes())
+        with storage_errors(Path(tempfile.gettempdir()) / "cosines"):
+            self._blocks.append((self._file.seek(0, 2), values.shape[1]))
+            self._file.write(np.ascontiguousarray(values, dtype=np.float32).tobytes())
+            self._file.flush()
         self.count += values.shape[1]
 
     def of(self, *shares: float) -> list[list[float]]:

@@ -171,6 +171,7 @@ class DriftMeasurement(Measurement):
     settings = Drift
     result = "llava_patch.measurements.drift.measurement:DriftResult"
     compares = True
+    aside = ("Drift.base", "Drift.store_gb", "Drift.together")
     words = {"together": "--together/--apart"}  # noqa: RUF012
 
     metrics = {  # noqa: RUF012 - lowest median over the layers below the split

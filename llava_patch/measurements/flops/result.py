@@ -74,8 +74,8 @@ class Row:
         read = {k: from_dict(variant[k], "flops") if variant[k] else None for k in ("routing", "pruning")}
         kept = [field.name for field in fields(Flops)]  # the others are totals
         passes = {name: decode(Flops, {k: values[name][k] for k in kept}) for name in PASSES}
-        counts = {name: values[name] for name in ("deep_image", "cache_bytes")}
-        return cls(Variant(variant["name"], **read), **passes, **counts)
+        counts = {name: decode(int, values[name]) for name in ("deep_image", "cache_bytes")}
+        return cls(Variant(decode(str, variant["name"]), **read), **passes, **counts)
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class FlopsResult(Result):
         tables = values["tables"]
         return cls(
             decode(ModelShape, values["shape"]),
-            values["split"],
+            decode(int, values["split"]),
             tuple(decode(Prompt, table["prompt"]) for table in tables),
             tuple(tuple(map(Row.from_dict, table["rows"])) for table in tables),
-            values["value_bytes"],
+            decode(int, values["value_bytes"]),
             facts=values.get("facts", {}),
         )
 

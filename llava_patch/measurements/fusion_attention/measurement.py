@@ -232,6 +232,7 @@ class FusionAttentionMeasurement(Measurement):
     settings = FusionAttention
     result = "llava_patch.measurements.fusion_attention.measurement:FusionAttentionResult"
     compares = True
+    aside = ("FusionAttention.base", "FusionAttention.chunk")
 
     metrics = {  # noqa: RUF012
         "fusion_attention_mass": lambda items: _masses(items)[0],

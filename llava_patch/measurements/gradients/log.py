@@ -1,17 +1,19 @@
 """The log of a run that is being measured: one JSON object a line, readable while training goes on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
-from llava_patch.core.files import plain, write_text
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, brief
+from llava_patch.core.files import plain, storage_errors, write_text
+from llava_patch.core.stored import UNREADABLE, is_finite
 from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Moments, Step
 
 LOG = "gradients.jsonl"
+ADVICE = ": delete the file to measure again, or name another folder"
 _KIND = "kind"
 READING = ("stop", "transition_windows", "smoothness", "step_size")
 """Settings that say how far a run goes or how numbers are read, not what is measured: they may change afterwards."""
@@ -38,7 +40,7 @@ class StepLog:
         """
         path = Path(folder if source is None else source) / LOG
         header, *entries = read_lines(path)
-        written = Gradients(**header["settings"])
+        written = _settings_of(header, path)
         for name, value in asdict(settings).items():
             if name not in READING and value != getattr(written, name):
                 raise CheckpointError(
@@ -54,7 +56,7 @@ class StepLog:
         if moments is not None:
             values = moments.to_dict(self.settings.smoothness, self.settings.step_size)
             entries.append({_KIND: "window", **values})
-        with self.path.open("a", encoding="utf-8") as file:
+        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_lines(entries))
 
 
@@ -62,22 +64,43 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a log (CheckpointError: it is damaged), the run's first; a line being written is left out."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: no log of gradient statistics ({error.strerror})") from error
+    except UNREADABLE as error:
+        why = getattr(error, "strerror", None) or brief(error)
+        raise CheckpointError(f"{path}: no log of gradient statistics ({why}){ADVICE}") from error
     whole = text[: text.rfind("\n") + 1].splitlines()
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(whole, 1):
         try:
             entry = json.loads(line)
-            known = entry[_KIND] in ("run", "step", "window") and (entry[_KIND] == "run") == (number == 1)
-        except (ValueError, TypeError, KeyError):
+            known = _NEEDED[entry[_KIND]](entry) and (entry[_KIND] == "run") == (number == 1)
+        except (ValueError, TypeError, LookupError, RecursionError):
             known = False
         if not known:
-            raise CheckpointError(f"{path}, line {number}: not an entry of gradient statistics")
+            raise CheckpointError(f"{path}, line {number}: not an entry of gradient statistics{ADVICE}")
         entries.append(entry)
     if not entries:
-        raise CheckpointError(f"{path}: an empty log of gradient statistics")
+        raise CheckpointError(f"{path}: an empty log of gradient statistics{ADVICE}")
+    _settings_of(entries[0], path)
     return entries
+
+
+def _settings_of(header: dict[str, Any], path: Path) -> Gradients:
+    try:
+        return Gradients(**header["settings"])
+    except (TypeError, LlavaPatchError) as error:
+        raise CheckpointError(f"{path}, line 1: settings of no gradient statistics ({brief(error)}){ADVICE}") from error
+
+
+def _counts(entry: dict[str, Any], *names: str) -> bool:
+    return all(is_finite(entry[name]) and isinstance(entry[name], int) for name in names)
+
+
+_NEEDED: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "run": lambda entry: isinstance(entry["settings"], dict) and isinstance(entry["facts"], dict),
+    "step": lambda entry: _counts(entry, "step"),
+    "window": lambda entry: _counts(entry, "first", "last", "count"),
+}
+"""What an entry of each kind must hold before the rest of it is read."""
 
 
 def _lines(entries: Sequence[dict[str, Any]]) -> str:

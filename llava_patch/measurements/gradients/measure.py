@@ -132,6 +132,18 @@ def measure_gradients(
     return GradientsResult.read(log.path.parent)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a log is that of a fixed checkpoint in which all was measured."""
+    if not path.exists():
+        return False
+    header, *entries = read_lines(path)
+    return header["facts"].get("trains") is False and _done(entries) == header["facts"].get("batches")
+
+
+def _done(entries: Sequence[dict[str, Any]]) -> int:
+    return max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
+
+
 def _start(
     folder: Path, settings: Gradients, facts: dict[str, Any], device: torch.device
 ) -> tuple[StepLog, Window | None]:
@@ -141,7 +153,7 @@ def _start(
     header, *entries = read_lines(path) if path.exists() else nothing
     about = header["facts"]
     differing = [name for name in {**about, **facts} if about.get(name) != facts.get(name)]
-    done = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
+    done = _done(entries)
     # A log in which nothing was measured, or all of it, makes way; a training run's never does.
     whole = done == about.get("batches") and _asks_otherwise(header, settings, facts)
     if about.get("trains") is False and (not entries or whole):

@@ -90,8 +90,7 @@ class GradientsMeasurement(Measurement):
     trained, so that nothing passes them yet.
 
     OUTPUT gets gradients.json, gradients.png, and gradients.jsonl while it
-    runs. Interrupted (Ctrl-C), the same command goes on. Finished results of
-    the same checkpoint make way for those of other settings.
+    runs. Interrupted (Ctrl-C), the same command goes on.
     """
 
     name = "gradients"
@@ -112,6 +111,7 @@ class GradientsMeasurement(Measurement):
     report_count = ""
     readers = ("LLaVA's training script",)
     hidden = ("every", "start", "steps", "stop", "transition_windows")
+    aside = tuple(f"Gradients.{name}" for name in (*hidden, "smoothness", "step_size"))
 
     def check(self, data: str, samples: int | None, **options: Any) -> None:
         """Refuse too few batches."""
@@ -192,3 +192,11 @@ class GradientsMeasurement(Measurement):
         facts["examples"] = hashlib.sha256(repr(texts).encode()).hexdigest()  # files change under a name
         facts["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
         return measure_gradients(model, batches, settings, folder, facts)
+
+    def make_way(self, folder: Path) -> None:
+        """Delete the log of a finished measurement; a training run's, and an unfinished one's, are refused as ever."""
+        from llava_patch.measurements.gradients.log import LOG
+        from llava_patch.measurements.gradients.measure import is_finished
+
+        if is_finished(folder / LOG):
+            (folder / LOG).unlink()

@@ -11,8 +11,8 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.core.files import plain
-from llava_patch.measurements.base import Result, decode, decode_fields, encode
-from llava_patch.measurements.gradients.log import LOG, read_lines
+from llava_patch.measurements.base import DAMAGED, Result, decode, decode_fields, encode
+from llava_patch.measurements.gradients.log import ADVICE, LOG, read_lines
 from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
 from llava_patch.measurements.gradients.statistics import transition_step
@@ -118,10 +118,15 @@ class GradientsResult(Result):
                 return cls.load(whole)
             first, *rest = read_lines(log)
             parts = {f"{kind}s": [entry for entry in rest if entry["kind"] == kind] for kind in ("step", "window")}
-            return cls.decode({**first, **parts})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            place = log if log.exists() else whole
-            raise CheckpointError(f"{place}: damaged gradient statistics ({error!r})") from error
+            found = cls.decode({**first, **parts})
+            found.check()
+            return found
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
+        except DAMAGED as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{log}: damaged gradient statistics ({error!r}){ADVICE}") from error
 
     def summary(self) -> str:
         """A few sentences: what the skip path brings to the block."""

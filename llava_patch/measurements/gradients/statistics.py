@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, brief
 from llava_patch.core.files import atomic
+from llava_patch.core.stored import numbers, read_tensors_and_metadata
 from llava_patch.measurements.gradients.moments import Moments, Step
 
 STATE = "llava_patch_gradients.safetensors"
 """File of an unfinished window, in the folder of a checkpoint or of the results."""
+_ADVICE = ": delete it to begin a new window, or name another folder"
 
 
 class Window:
@@ -61,6 +63,11 @@ class Window:
         if not self._vectors:
             self._vectors = {"main": torch.zeros_like(main), "skip": torch.zeros_like(skip)}
         m, s = self._vectors.values()
+        if m.shape != main.shape:
+            raise CheckpointError(
+                f"gradients of {len(main)} values, but {STATE} has sums of {len(m)}: it is of another block or model; "
+                "delete it to begin a new window"
+            )
         squares = [_dot(main, main), _dot(skip, skip), _dot(full, full), _dot(main, skip)]
         finite = torch.stack(squares).isfinite().all()
         m += torch.where(finite, main, 0)
@@ -116,19 +123,24 @@ class Window:
         Raises:
             CheckpointError: no such file, a damaged one, or one of windows of another length.
         """
-        from safetensors import SafetensorError, safe_open
-
+        path = Path(path)
+        tensors, metadata = read_tensors_and_metadata(path, advice=_ADVICE)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                values = json.loads((file.metadata() or {})["window"])
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
+            values = json.loads(metadata["window"])
             window = cls(values["size"])
-            window._vectors = {name: tensors[name] for name in ("main", "skip")} if tensors else {}
+            window._vectors = {name: tensors[name].to(device) for name in ("main", "skip")} if tensors else {}
             window._sums = {name: float(values["sums"][name]) for name in window._sums}
             window._rates = [float(rate) for rate in values["rates"]]
             window._first, window.last, window._count = (int(values[n]) for n in ("first", "last", "count"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: no running sums of gradient statistics ({error})") from error
+            wrong = [t for t in window._vectors.values() if t.dtype != torch.float32 or t.dim() != 1]
+            if wrong or set(tensors) - {"main", "skip"} or len({len(t) for t in window._vectors.values()}) > 1:
+                raise ValueError("its sums of gradients are no two vectors of one length")
+            if not 0 <= window._count < window.size or not numbers([*window._sums.values(), *window._rates]):
+                raise ValueError("its numbers are none")
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: no running sums of gradient statistics ({brief(error)}){_ADVICE}"
+            ) from error
         if window.size != size:
             raise CheckpointError(
                 f"{path}: its windows have {window.size} steps, but Gradients.window = {size}: keep it at "

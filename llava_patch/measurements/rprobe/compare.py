@@ -133,7 +133,7 @@ class ProbeComparison(Comparison):
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the table, by the results' names."""
         results = {line.name: line.numbers() for line in self.lines}
-        return {"baseline": self.baseline, "results": results, "notes": list(self.notes)}
+        return {**self.asked, "baseline": self.baseline, "results": results, "notes": list(self.notes)}
 
     def save(self, folder: str | Path, name: str = "compare", formats: Sequence[str] = FIGURES[:1]) -> tuple[Path, ...]:
         """Write NAME.md, NAME.json and the figure of all curves, each whole or not at all; returns the paths."""

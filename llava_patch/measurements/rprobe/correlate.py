@@ -6,7 +6,6 @@ that more is better, the error and steps as well as a score whose lower values a
 that a better probe goes with a better score.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import numpy as np
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
+from llava_patch.core.stored import is_finite, read_object
 from llava_patch.measurements.rprobe.compare import numbered
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
@@ -36,6 +36,7 @@ EXACT = 7  # checkpoints up to which all permutations (5040) are fewer than that
 
 
 TASK = "rprobe"
+_ADVICE = ": give the *results.json that lmms-eval wrote, or its folder"
 NEVER = math.inf
 VACUOUS = "its threshold {0.threshold:g} is vacuous (a constant patch, MSE {0.constant_mse:.3f}, is under it)"
 UNTOLD = "lmms-eval's results hold no number of steps where they were never reached or their threshold is vacuous"
@@ -251,12 +252,7 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
     notes: list[str] = []
     for source in sources:
         probe_file, results_file = _files(source, notes)
-        try:
-            document = json.loads(results_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{results_file}: cannot be read as lmms-eval's results JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise InputError(f"{results_file}: not lmms-eval's results JSON (no object)")
+        document = read_object(results_file, InputError, _ADVICE)
         scores = read_scores(document, str(results_file))
         if probe_file is None:
             # Steps that were never reached are not in the figures of lmms-eval's `rprobe` task.
@@ -273,7 +269,8 @@ def read_checkpoints(sources: Sequence[str], names: Sequence[str] = ()) -> tuple
             result = RProbeResult.load(probe_file)
             probe = probe_figures(result)
             missing = {"steps": VACUOUS.format(result)} if result.threshold_is_vacuous else {}
-        model = str(document.get("model_name") or "").rstrip("/").split("/")[-1]
+        model = document.get("model_name")
+        model = model.rstrip("/").split("/")[-1] if isinstance(model, str) else ""
         found.append(Checkpoint(model or results_file.resolve().parent.name, probe, scores, missing))
     labels = names or numbered([one.name for one in found])
     return [replace(one, name=label) for label, one in zip(labels, found, strict=True)], notes
@@ -295,16 +292,18 @@ def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
     """
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not all(isinstance(values, dict) for values in results.values()):
-        raise InputError(f'{name}: not lmms-eval\'s results JSON (it has no tasks under "results")')
-    directions = document.get("higher_is_better") or {}
+        raise InputError(f'{name}: not lmms-eval\'s results JSON (it has no tasks under "results"){_ADVICE}')
+    directions = document.get("higher_is_better")
+    directions = directions if isinstance(directions, dict) else {}
     found = {}
     for task, values in results.items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             # lmms-eval writes metric_stderr and kinds of it; counts and texts are no scores.
-            if not kind or "_stderr" in metric or not is_number(value):
+            if not kind or "_stderr" in metric or not is_number(value) or (value == value and not is_finite(value)):
                 continue
-            direction = (directions.get(task) or {}).get(metric)
+            own = directions.get(task)
+            direction = own.get(metric) if isinstance(own, dict) else None
             better = direction if isinstance(direction, bool) else None
             found[task, metric if kind == "none" else f"{metric},{kind}"] = Score(float(value), better)
     return found

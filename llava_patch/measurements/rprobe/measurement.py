@@ -39,6 +39,11 @@ class RProbeMeasurement(Measurement):
     resumes = True
     extras = ("figures", "probe")
     words: ClassVar = {"masked": "--masked/--full"}
+    aside = (
+        "RProbe.store", "RProbe.store_gb", "RProbe.save_every", "RProbe.minutes", "RProbe.examples", "RProbe.maps",
+        "RProbe.resamples", "--show",
+    )  # fmt: skip
+    sources = ("--heldout",)
 
     def measure(
         self,

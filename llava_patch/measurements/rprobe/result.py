@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_patch.measurements.base import NOT_WRITTEN, Result
+from llava_patch.core.stored import is_finite
+from llava_patch.measurements.base import LARGEST, NOT_WRITTEN, Result
 from llava_patch.probe.sample import Box
 
 
@@ -129,6 +130,25 @@ class RProbeResult(Result):
 
     def __repr__(self) -> str:
         return self.summary()
+
+    def check(self) -> None:
+        """Besides: what comparisons and figures read of settings and held-out samples."""
+        super().check()
+        texts, counts = ("id", "document", "text"), ("tokens",)
+        for sample in self.documents:
+            if not all(isinstance(sample[name], str) for name in texts):
+                raise TypeError(f"documents: expected texts as {', '.join(texts)}")
+            if not all(isinstance(sample[name], int) and 0 < sample[name] <= LARGEST for name in counts):
+                raise TypeError("documents: expected a number of tokens above 0")
+            wrong = [
+                name for name, value in sample.items() if name not in texts and not (value is None or is_finite(value))
+            ]
+            if wrong or not is_finite(sample["mse"]) or not is_finite(sample["variance"]):
+                raise TypeError(f"documents: {(wrong or ['mse'])[0]} is no number")
+        if not self.documents or not self.losses or len(self.losses) != len(self.running):
+            raise ValueError("no held-out sample, or not as many losses as running means")
+        if not isinstance(self.settings["steps"], int) or not isinstance(self.settings.get("trained", "all"), str):
+            raise TypeError("settings: expected those of RProbe")
 
     def caveat(self) -> str:
         """Why its figures do not compare with the paper's or with those of full probes; "" when they do."""

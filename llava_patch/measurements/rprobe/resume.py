@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.files import atomic
+from llava_patch.core.stored import check_values, is_finite, numbers, read_tensors_and_metadata, shown
 from llava_patch.measurements.rprobe.keys import difference
 from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
 
 STATE_FILE = "training.safetensors"
 DECODER_FILE = "decoder.safetensors"
 FORMAT = 1
+_DELETE = ": delete it to train anew, or give another folder"
 
 
 @dataclass
@@ -65,7 +66,10 @@ class TrainingFolder:
         _fill(decoder, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, self.state)
         for name, parameter in trained_parameters(decoder).items():
             # Adam counts its steps on the CPU, whatever device the weights are on.
-            state = {kind: tensors[f"optimizer.{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+            shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            state = {kind: tensors.get(f"optimizer.{kind}.{name}", torch.empty(0)) for kind in shapes}
+            if any(value.shape != shapes[kind] for kind, value in state.items()):
+                raise CheckpointError(f"{self.state}: the optimizer's state of {name} is damaged{_DELETE}")
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
         return progress
 
@@ -114,15 +118,18 @@ def _write(path: Path, tensors: dict[str, Tensor], progress: Progress, key: dict
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
+    tensors, metadata = read_tensors_and_metadata(path, advice=_DELETE)
     try:
-        with safe_open(path, framework="pt") as stream:
-            header = json.loads((stream.metadata() or {})["llava_patch"])
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+        header = json.loads(metadata["llava_patch"])
         if header["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {header['format']}, this version of llava_patch reads {FORMAT}")
+            what = f"format {shown(header['format'])}, this version of llava_patch reads {FORMAT}"
+            raise CheckpointError(f"{path}: {what}{_DELETE}")
         progress = Progress(tensors.pop("losses").tolist(), float(header["seconds"]), int(header["processes"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a file that R-Probe wrote, or broken ({error!r}): delete it") from error
+        if not (numbers(progress.losses) and is_finite(progress.seconds) and isinstance(header["key"], dict)):
+            raise ValueError("its losses or its key are none")
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a file that R-Probe wrote, or broken ({error!r}){_DELETE}") from error
+    check_values(tensors, path)
     return tensors, progress, header["key"]
 
 
@@ -130,11 +137,11 @@ def _fill(decoder: ProbeDecoder, tensors: dict[str, Tensor], path: Path) -> None
     parameters = trained_parameters(decoder)
     if set(parameters) != set(tensors):
         name = sorted(set(parameters) ^ set(tensors))[0]
-        raise CheckpointError(f"{path}: {'lacks' if name in parameters else 'has an unknown'} {name}")
+        raise CheckpointError(f"{path}: {'lacks' if name in parameters else 'has an unknown'} {name}{_DELETE}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != tensors[name].shape:
                 raise CheckpointError(
-                    f"{path}: {name} is {tuple(tensors[name].shape)} there and {tuple(parameter.shape)} here"
+                    f"{path}: {name} is {tuple(tensors[name].shape)} there and {tuple(parameter.shape)} here{_DELETE}"
                 )
             parameter.copy_(tensors[name])

@@ -1,7 +1,6 @@
 """`Routing(split="auto")`: the split that the saturation measurement recommends on the user's own samples."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from llava_patch.core.errors import HostError, SettingError
+from llava_patch.core.errors import HostError, SettingError, brief
 from llava_patch.core.files import write_json
 from llava_patch.core.paths import VARIABLE, cache_folder
+from llava_patch.core.stored import read_object
 from llava_patch.hosts.anatomy import Anatomy, find
+from llava_patch.measurements.base import DAMAGED
 from llava_patch.measurements.saturation.measure import measure_saturation, unusable
 from llava_patch.measurements.saturation.result import DEFAULTS, Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
@@ -160,14 +161,14 @@ def _measure(
 def _read(path: Path, key: dict[str, Any], n_layers: int) -> SaturationResult | None:
     """A kept measurement; a damaged file counts as none, with a warning."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_object(path)
         if kept["key"] != key:
             raise ValueError("it belongs to another model, other samples or other settings")
         result = SaturationResult.from_dict(kept["saturation"])
         if result.n_layers != n_layers:
             raise ValueError(f"it has {result.n_layers} layers, the model {n_layers}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
         logger.warning("llava_patch: %s cannot be used (%s): measuring again, the file is replaced", path, reason)
         return None
     return result

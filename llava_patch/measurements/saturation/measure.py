@@ -8,19 +8,19 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import CheckpointError, InputError
+from llava_patch.core.stored import read_tensors_and_metadata, shown
 from llava_patch.data.examples import Example
 from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find
@@ -157,9 +157,29 @@ class RunningMean:
         """With one more sample that was left out."""
         return replace(self, skipped={**self.skipped, reason: self.skipped.get(reason, 0) + 1})
 
+    def check(self) -> None:
+        """Raise a ValueError where these are no sums of as many samples as they say."""
+        wanted = {f.name for f in fields(Curves)} if self.samples else set()
+        layers = {len(sums) for sums in self.sums.values() if sums.dim()}
+        checked = (
+            ("curves", set(self.sums) == set(self.counts) == wanted and len(layers) == len({*wanted} and {1})),
+            ("shapes", all(sums.shape == self.counts[name].shape for name, sums in self.sums.items())),
+            ("dimensions", all(sums.dim() == 1 + (name == "head_mass") for name, sums in self.sums.items())),
+            ("sums", all(s.dtype == torch.float64 and bool(s.isfinite().all()) for s in self.sums.values())),
+            ("counts", all(c.dtype == torch.int64 and 0 <= int(c.min()) <= int(c.max()) <= self.samples
+                           for c in self.counts.values() if c.numel())),
+            ("numbers", all(_is_count(count) for count in (self.samples, *self.skipped.values()))),
+        )  # fmt: skip
+        if wrong := [what for what, holds in checked if not holds]:
+            raise ValueError(f"its {wrong[0]} are none")
+
     def mean(self) -> Curves:
         """Mean of what was added; 0 / 0 is NaN, which stands for absent."""
         return Curves(**{name: (self.sums[name] / self.counts[name]).tolist() for name in self.sums})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 @dataclass(frozen=True)
@@ -173,12 +193,11 @@ class State:
         """The sums so far; None when there is no file. CheckpointError: another measurement's, or a broken one."""
         if not self.path.is_file():
             return None
+        tensors, metadata = read_tensors_and_metadata(self.path, advice=": delete it to start over")
         try:
-            with safe_open(self.path, framework="pt") as stream:
-                header = json.loads((stream.metadata() or {})["llava_patch"])
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            header = json.loads(metadata["llava_patch"])
             if header["format"] != FORMAT:
-                what = f"format {header['format']}, this version reads {FORMAT}"
+                what = f"format {shown(header['format'])}, this version reads {FORMAT}"
                 raise CheckpointError(f"{self.path}: {what}: delete the file to start over")
             parts: dict[str, dict[str, Tensor]] = {"sums": {}, "counts": {}}
             for name, tensor in tensors.items():
@@ -186,14 +205,15 @@ class State:
                 parts[kind][curve] = tensor
             found = RunningMean(int(header["samples"]), dict(header["skipped"]), **parts)
             saved = dict(header["key"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            found.check()
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path}: not a state of this measurement, or broken ({error!r}): delete it"
+                f"{self.path}: not a state of this measurement, or broken ({error!r}): delete it to start over"
             ) from error
         for name in [*self.key, *(name for name in saved if name not in self.key)]:
             was, here = saved.get(name), self.key.get(name)
             if was != here:
-                differs = _MEANING.get(name) or f"{name} was {was!r} there and is {here!r} here"
+                differs = _MEANING.get(name) or f"{name} was {shown(was)} there and is {shown(here)} here"
                 raise CheckpointError(
                     f"{self.path}: an unfinished measurement of another kind: {differs}. Give what it was started "
                     "with, another folder, or delete the file to start over"

@@ -6,6 +6,7 @@ Source: "Late-Layer Fusion is Enough" (DPVR), section 3.1 and figure 2.
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class SaturationMeasurement(Measurement):
     result = "llava_patch.measurements.saturation.result:SaturationResult"
     compare = "llava_patch.measurements.saturation.result:compare"
     resumes = True
+    aside = ("Saturation.save_every", "Saturation.chunk")
     metrics = {  # noqa: RUF012
         "recommended_split": _split,
         "vision_transition_layer": _transition,
@@ -89,9 +91,13 @@ class SaturationMeasurement(Measurement):
 
     def kept(self, target: Target, settings: Saturation, folder: Path) -> SaturationResult | None:
         """The result of the very same measurement; one of an earlier version, or damaged, counts as none."""
+        path = folder / "saturation.json"
+        if not path.is_file():
+            return None
         try:
-            found = SaturationResult.load(folder / "saturation.json")
-        except InputError:
+            found = SaturationResult.load(path)
+        except InputError as error:
+            print(f"measured anew: {error}", file=sys.stderr)
             return None
         return found if found.facts.get("key") == _digest(self._key(target, settings)) else None
 

@@ -205,7 +205,8 @@ class SaturationResult(Result):
         patch = decode(PatchOn | None, values["patch"])
         settings = decode(Saturation, values["settings"])
         curves = Curves.from_dict(values)
-        return cls(curves, values["samples"], values["skipped"], settings, patch, facts=values["facts"])
+        samples, skipped = decode(int, values["samples"]), decode(dict[str, int], values["skipped"])
+        return cls(curves, samples, skipped, settings, patch, facts=values["facts"])
 
 
 def compare(results: Mapping[str, SaturationResult]) -> Comparison:

@@ -16,13 +16,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError, SettingError
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError, StorageError, brief
 from llava_patch.core.extras import optional
-from llava_patch.core.files import digest, write_json, write_text
+from llava_patch.core.files import digest, plain, write_json, write_text
 from llava_patch.core.paths import named
+from llava_patch.core.stored import read_object, shown
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of
-from llava_patch.measurements.base import NothingToMeasure, decode, encode
+from llava_patch.data.readers.read import resolve_source
+from llava_patch.measurements import asked
+from llava_patch.measurements.base import DAMAGED, NothingToMeasure, decode, encode
 from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
 from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Record, Section
@@ -33,6 +36,13 @@ SHOWN = 0.65
 """Pixels of the page for one of a figure: 200 dots an inch are finer than a screen."""
 BROAD = 1.8
 """Width over height from which a figure scrolls on a phone instead of becoming too small to read."""
+_ADVICE = ": delete it to make the report again, or give another --output"
+_PAGE: dict[str, Any] = {
+    "checkpoint": str, "data": str, "base": str, "date": str, "facts": list[list[str]], "settings": dict[str, Any],
+    "versions": dict[str, str], "command": str, "sections": list[Any],
+}  # fmt: skip
+"""What `report.json` holds, for the page."""
+BASE = "--base"
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "llava_patch.json", "preprocessor_config.json")
 
 
@@ -52,15 +62,22 @@ def choose(sections: Sequence[Section], only: Sequence[str], skip: Sequence[str]
 def read(folder: Path) -> dict[str, Any] | None:
     """What an earlier run left; None when there is nothing."""
     path = folder / KEPT
-    if not path.is_file():
+    if not path.exists():
         return None
+    values = read_object(path, advice=_ADVICE)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+            raise ValueError(f"format {shown(values['format'])}, this version reads {FORMAT}")
+        for name, kind in _PAGE.items():
+            values[name] = decode(kind, values[name])
         values["sections"] = [decode(Record, record) for record in values["sections"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): delete it, or give another --output") from error
+        for record in values["sections"]:
+            files = [] if record.found is None else [*record.found.files, *(f.file for f in record.found.figures)]
+            outside = [name for name in files if Path(name).name != name]
+            if outside or record.state not in (DONE, SKIPPED, FAILED) or (record.state == DONE) != bool(record.found):
+                raise ValueError(f"section {shown(record.name)}: {shown((outside or [record.state])[0])}")
+    except DAMAGED as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r}){_ADVICE}") from error
     return values
 
 
@@ -70,15 +87,13 @@ def build(
     chosen: Sequence[Section],
     folder: Path,
     fresh: bool = False,
+    overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Make the chosen sections, keep each as soon as it is finished, and return all that is kept, as `read` does."""
-    before = read(folder)
-    if before is not None and named(before["checkpoint"]) != named(context.checkpoint):
-        raise CheckpointError(
-            f"{folder / KEPT} is the report of {before['checkpoint']}, not of {named(context.checkpoint)}: give "
-            "another folder with --output"
-        )
+    before = _before(context, folder, overwrite)
+    if before is not None and not overwrite:
+        _check_sections(before, context, chosen, folder / KEPT)
     records = {} if before is None else {record.name: record for record in before["sections"]}
     values: dict[str, Any] = {}
     for number, section in enumerate(chosen, 1):
@@ -97,6 +112,52 @@ def build(
     return values
 
 
+def _before(context: Context, folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """What an earlier run left of the same report; one of another is refused, or nothing of it stays."""
+    try:
+        before = read(folder)
+        if before is not None:
+            _check_report(before, context, folder / KEPT)
+    except CheckpointError:
+        if not overwrite:
+            raise
+        return None
+    return before
+
+
+def _check_report(before: dict[str, Any], context: Context, path: Path) -> None:
+    """Refuse to replace a report of another checkpoint or of other data."""
+    if named(before["checkpoint"]) != named(context.checkpoint):
+        raise CheckpointError(
+            f"{path} is the report of {before['checkpoint']}, not of {named(context.checkpoint)}: {asked.ADVICE}"
+        )
+    there, here = before.get(asked.ASKED), _asked(context)
+    if isinstance(there, dict) and not there.get(BASE):  # one that is named later makes the sections that need it
+        there, here = ({name: value for name, value in one.items() if name != BASE} for one in (there, here))
+    asked.check_asked({asked.ASKED: there}, str(path), here)
+
+
+def _check_sections(before: dict[str, Any], context: Context, chosen: Sequence[Section], path: Path) -> None:
+    """Refuse to replace finished sections of other settings."""
+    finished = {record.name: record for record in before["sections"] if record.state == DONE}
+    for section in chosen:
+        if section.name in finished:
+            was, now = finished[section.name].settings, plain(section.settings(context))
+            where = f"{path}, section {section.name},"
+            asked.check_asked({asked.ASKED: was}, where, now, {name: now[name] for name in now if name not in was})
+
+
+def _asked(context: Context) -> dict[str, Any]:
+    """What all sections depend on, beside the checkpoint."""
+    return {
+        "data": resolve_source(context.data) or asked.PAGES,
+        "--question": context.question,
+        "--dtype": context.dtype,
+        BASE: named(context.base) if context.base else "",
+        "patches of gin": _configured(),
+    }
+
+
 def _make(section: Section, context: Context, folder: Path, wanted: str) -> Record:
     record = Record(
         section.name, section.title, section.about, DONE, settings=section.settings(context), key=wanted,
@@ -110,6 +171,8 @@ def _make(section: Section, context: Context, folder: Path, wanted: str) -> Reco
         found = section.run(context, folder)
     except NothingToMeasure as skipped:
         return replace(record, state=SKIPPED, reason=str(skipped), command=record.command if section.supplies else "")
+    except StorageError:  # nothing else could be kept either
+        raise
     except Exception as error:  # one section's failure must not take the others with it; the command ends with 1
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return replace(record, state=FAILED, reason=message, trace=traceback.format_exc())
@@ -121,17 +184,18 @@ def _values(context: Context, records: list[Record]) -> dict[str, Any]:
 
     from llava_patch.tools.doctor.software import installed
 
-    asked = _configured()
+    patches = _configured()
     packages = ("torch", "transformers", "llava-torch", "peft", "numpy")
     return {
         "format": FORMAT,
         "checkpoint": named(context.checkpoint),
-        "data": context.data or "rendered pages",
+        "data": context.data or asked.PAGES,
+        asked.ASKED: _asked(context),
         "base": named(context.base) if context.base else "",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "facts": [
             *(list(fact) for fact in facts_of(context.inspection)),
-            *([["put on it by gin", "; ".join(asked)]] if asked else []),
+            *([["put on it by gin", "; ".join(patches)]] if patches else []),
         ],
         "settings": {kind: values for kind, values in context.inspection.settings.items() if values},
         "versions": {
@@ -168,8 +232,8 @@ def _key(section: Section, context: Context) -> str:
 
 
 def _configured() -> list[str]:
-    asked = active.configuration()
-    return [] if asked is None else [f"{kind}: {value}" for kind, value in asked.lasting().items()]
+    methods = active.configuration()
+    return [] if methods is None else [f"{kind}: {value}" for kind, value in methods.lasting().items()]
 
 
 def _model(folder: str) -> list[Any]:
@@ -192,8 +256,14 @@ def write_page(values: dict[str, Any], folder: Path) -> Path:
 
     def picture(file: str) -> dict[str, Any]:
         """What an img element needs."""
-        with Image.open(folder / file) as image:
-            width, height = image.size
+        try:
+            with Image.open(folder / file) as image:
+                width, height = image.size
+        except (OSError, ValueError, SyntaxError) as error:
+            raise CheckpointError(
+                f"{folder / file}: cannot be read as the report's picture ({brief(error)}): make the report again, "
+                "with --fresh"
+            ) from error
         data = "data:image/png;base64," + base64.b64encode((folder / file).read_bytes()).decode("ascii")
         shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
         return {"data": data, **shown, "broad": width > BROAD * height}
@@ -204,5 +274,10 @@ def write_page(values: dict[str, Any], folder: Path) -> Path:
     )
     source = (resources.files("llava_patch.tools.report") / TEMPLATE).read_text(encoding="utf-8")
     name, pretty = Path(values["checkpoint"]).name, lambda value: json.dumps(value, indent=1, default=str)
-    text = environment.from_string(source).render(**values, name=name, picture=picture, pretty=pretty)
+    try:
+        text = environment.from_string(source).render(**values, name=name, picture=picture, pretty=pretty)
+    except (*DAMAGED, jinja2.TemplateError) as error:
+        if isinstance(error, LlavaPatchError):
+            raise
+        raise CheckpointError(f"{folder / KEPT}: cannot be shown ({error!r}){_ADVICE}") from error
     return write_text(folder / PAGE, text)

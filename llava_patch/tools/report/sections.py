@@ -5,7 +5,6 @@ measured before: a probe takes longer than a report. Models are loaded when the 
 """
 
 import contextlib
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,12 +18,14 @@ from llava_patch.core import plotting, registry
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.files import atomic, write_json
 from llava_patch.core.paths import named
+from llava_patch.core.stored import field as field_of
+from llava_patch.core.stored import is_finite, read_object
 from llava_patch.core.weights import folder_of
 from llava_patch.data.examples import Example
 from llava_patch.data.loaded import base_of, pick_device
 from llava_patch.data.target import Target
 from llava_patch.measurements import base as protocol
-from llava_patch.measurements.base import Measurement, NothingToMeasure
+from llava_patch.measurements.base import DAMAGED, Measurement, NothingToMeasure, decode
 from llava_patch.measurements.gradients.log import LOG
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.rprobe import ablation
@@ -196,14 +197,15 @@ def _section_of(measurement: Measurement) -> Section:
 def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) pairs by name, in order of steps."""
     path = Path(run) / STATE
+    advice = ": give the folder of another checkpoint of the run as --run, or leave the section out (--skip training)"
+    history = field_of(read_object(path, InputError, advice), "log_history", list, path, InputError)
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
         return {
-            name: [(int(e["step"]), float(e[name])) for e in history if isinstance(e.get(name), (int, float))]
+            name: [(decode(int, e["step"]), float(e[name])) for e in history if is_finite(e.get(name))]
             for name, _ in CURVES
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as a Trainer's state ({error})") from error
+    except DAMAGED as error:
+        raise InputError(f"{path}: cannot be read as a Trainer's state ({error!r}){advice}") from error
 
 
 def _run_curves(context: Context, folder: Path) -> Found:
@@ -298,18 +300,19 @@ def _run_rprobe(context: Context, folder: Path) -> Found:
 
 
 def _ablation(source: Path, folder: Path, context: Context) -> Found:
+    advice = ": measure again, or give another folder as --rprobe"
+    values = read_object(source / SUMMARY, InputError, advice)
     try:
-        values = json.loads((source / SUMMARY).read_text(encoding="utf-8"))
         found = [Table(head, rows) for head, rows in ablation.tables(values)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source / SUMMARY}: cannot be read as R-Probe's ablation ({error})") from error
+        said = ablation.notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
+    except DAMAGED as error:
+        raise InputError(f"{source / SUMMARY}: cannot be read as R-Probe's ablation ({error!r}){advice}") from error
     _check(values.get("checkpoint"), context, source / SUMMARY)
     figures: list[Figure] = []
     files: list[str] = []
     for part in sorted(p.parent for p in source.glob(f"*/{RESULT}")):
         more, names = _copied(part, folder, f"rprobe-{part.name}")
         figures, files = figures + more[:1], files + names
-    said = ablation.notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
     return Found(" ".join(said), figures, found, files)
 
 

@@ -71,7 +71,11 @@ def test_results_of_another_checkpoint_are_not_replaced(checkpoint, tmp_path, mo
     assert "without a patch of gin, not of" in message and "SkipLinks(" in message
     assert (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes() == before
     rprobe(os.path.relpath(checkpoint), *QUICK)  # the same one by another path
-    check_folder(tmp_path / "rprobe" / "model", str(checkpoint))
+    check_folder(tmp_path / "rprobe" / "model", str(checkpoint), {}, True)  # beside this one
+    message = rprobe(checkpoint, *QUICK, "--gin-param", "RProbe.threshold = 0.5", fails=CheckpointError)
+    assert "RProbe.threshold = 0.75 there, 0.5 here" in message and "--overwrite" in message
+    rprobe(checkpoint, *QUICK, "--gin-param", "RProbe.threshold = 0.5", "--overwrite")
+    assert json.loads((tmp_path / "rprobe" / "model" / "rprobe.json").read_text())["threshold"] == 0.5
 
 
 def test_a_second_command_in_the_same_folder_is_refused(checkpoint, tmp_path):

@@ -63,12 +63,15 @@ def test_a_patched_checkpoint(fused, tmp_path):
     first, second = ([line for line in o.splitlines() if line and "Loading weights" not in line] for o in (out, again))
     assert second == first[-len(second) :]  # without the bar: nothing was left to do
     assert len(second) < len(first)
-    gradients(fused, *QUICK, "--output", tmp_path / "out", "--question", "Why?")  # other settings: in their place
+    other = (*QUICK, "--output", tmp_path / "out", "--question", "Why?")
+    message = gradients(fused, *other, fails=CheckpointError)
+    assert "--question = '' there, 'Why?' here" in message and "--overwrite" in message
+    gradients(fused, *other, "--overwrite")  # other settings: in their place
     values = json.loads((tmp_path / "out" / "gradients.json").read_text())
     assert values["facts"]["question"] == "Why?"
     bound = ("--gin-param", "Routing.split = 2")
     message = gradients(fused, *QUICK, *bound, "--output", tmp_path / "out", fails=CheckpointError)
-    assert "with Routing(split=2, " in message and message.endswith("of gin: give another folder with --output")
+    assert "with Routing(split=2, " in message and "of gin: give another folder with --output" in message
     assert "nowhere/at/all: no such folder" in gradients("nowhere/at/all", *QUICK, fails=CheckpointError)
 
 

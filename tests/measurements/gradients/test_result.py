@@ -100,7 +100,7 @@ def test_a_folder_without_results(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither gradients\.jsonl nor gradients\.json"):
         GradientsResult.read(tmp_path)
     (tmp_path / "gradients.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"gradients\.json: not a gradients result"):
         GradientsResult.read(tmp_path)
 
 

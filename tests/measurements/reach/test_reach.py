@@ -347,7 +347,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert "wrote reach/model/reach.png" in done.output and "stock:" in done.output
     done = run("--variants", "lf,pc", "--split", "2")
     assert "LF 1, PC 3" in done.output and get_handle(model) is None
-    assert json.loads((tmp_path / "reach/model/reach_variants.json").read_text())["facts"] == {"checkpoint": "model"}
+    assert json.loads((tmp_path / "reach/model/reach_variants.json").read_text())["facts"]["checkpoint"] == "model"
     other = CliRunner().invoke(app, ["reach", "other", "--output", "reach/model"])
     assert isinstance(other.exception, LlavaPatchError) and "holds the results of model" in str(other.exception)
     assert "--split 2 belongs to --variants" in str(run("--split", "2").exception)

@@ -43,10 +43,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.json: cannot be read"):
         RProbeResult.load(tmp_path / "nowhere.json")
     (tmp_path / "half.json").write_text('{"mse": 1')
-    with pytest.raises(InputError, match=r"half\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"half\.json: not valid JSON"):
         RProbeResult.load(tmp_path / "half.json")
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json: not a R-Probe result"):
+    with pytest.raises(InputError, match=r"list\.json: not valid JSON of this kind"):
         RProbeResult.load(tmp_path / "list.json")
 
 

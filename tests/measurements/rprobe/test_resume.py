@@ -242,10 +242,10 @@ def test_a_decoder_of_another_model_or_a_broken_file_is_an_error(tmp_path):
         load_decoder(wrong, path, other)
     assert torch.equal(wrong.head[0].weight, start)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="broken"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as a whole safetensors file.*delete it"):
         load_decoder(again, path, key)
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="broken"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as a whole safetensors file.*delete it"):
         TrainingFolder(tmp_path, key).load_finished(again)
 
 

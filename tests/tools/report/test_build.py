@@ -55,20 +55,27 @@ def test_finished_sections_are_kept_until_what_they_depend_on_changes(context, t
         return _works(context, folder)
 
     every = [_section("works", run, settings=lambda context: dict(made))]
-    again = lambda fresh=False: build.build(context, every, every, tmp_path, fresh)  # noqa: E731
+    again = lambda *fresh, **how: build.build(context, every, every, tmp_path, *fresh, **how)  # noqa: E731
     first = again()
     assert again()["sections"] == first["sections"] and len(calls) == 1
     again(fresh=True)
     assert len(calls) == 2
     made["count"] = 2
-    again()
+    with pytest.raises(CheckpointError, match=r"section works, holds .* count = 1 there, 2 here: .* --overwrite"):
+        again()
+    again(overwrite=True)
     assert len(calls) == 3
     (tmp_path / "one.json").unlink()
     again()
     assert len(calls) == 4
     context.data = "other.json"
-    again()
-    assert len(calls) == 5
+    with pytest.raises(CheckpointError, match=r"data = 'rendered pages' there, .*other\.json' here"):
+        again()
+    every.append(_section("more", _works))
+    assert len(again(overwrite=True)["sections"]) == 2 and len(calls) == 5
+    context.data = "third.json"
+    left = build.build(context, every, every[1:], tmp_path, overwrite=True)["sections"]
+    assert [record.name for record in left] == ["more"]  # nothing of other data stays beside it
 
 
 def test_failed_and_skipped_sections_run_again(context, tmp_path):
@@ -113,8 +120,9 @@ def test_a_folder_of_another_checkpoint_or_a_damaged_one(context, tmp_path):
     with pytest.raises(CheckpointError, match="is the report of another"):
         build.build(context, every, every, tmp_path)
     (tmp_path / build.KEPT).write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"report\.json: not valid JSON .*: delete it"):
         build.read(tmp_path)
+    assert build.build(context, every, every, tmp_path, overwrite=True)["sections"]
 
 
 def test_a_record_comes_back():
@@ -136,7 +144,9 @@ def test_a_configured_patch_is_measured_shown_and_kept_off_the_base(files, tmp_p
         context = Context(str(files.hf), base=str(files.hf))
         own, other = context.openers(1)
         assert get_handle(own()[0]) is not None and get_handle(other()[0]) is None
-        patched = build.build(context, every, every, tmp_path)
+        with pytest.raises(CheckpointError, match="patches of gin"):
+            build.build(context, every, every, tmp_path)
+        patched = build.build(context, every, every, tmp_path, overwrite=True)
     assert patched["sections"][0].key != plain["sections"][0].key
     assert "split=2" in dict(patched["facts"])["put on it by gin"]
     assert "put on it by gin" not in dict(plain["facts"])

@@ -7,7 +7,6 @@ and a store with such a lock is not deleted.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -22,10 +21,11 @@ from typing import Any
 from filelock import Timeout
 from safetensors import SafetensorError
 
-from llava_patch.core.errors import LlavaPatchError, SettingError
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError, StorageError
 from llava_patch.core.files import write_json
 from llava_patch.core.locks import FileLock
 from llava_patch.core.paths import VARIABLE, cache_folder
+from llava_patch.core.stored import read_object
 from llava_patch.measurements.rprobe.store.shard import DamagedShard, Shard, open_shard, write_shard
 
 MANIFEST = "manifest.json"
@@ -58,8 +58,11 @@ def list_stores(root: Path) -> list[Kept]:
             continue
         about: dict[str, Any] = {}
         size, used = 0, 0.0
-        with contextlib.suppress(OSError, ValueError):
-            about = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        if (folder / MANIFEST).is_file():
+            try:
+                about = read_object(folder / MANIFEST)
+            except CheckpointError as error:
+                logger.warning("llava_patch: %s: what this store holds is not known", error)
         for path in folder.rglob("*"):
             with contextlib.suppress(OSError):  # it went away meanwhile
                 size += path.stat().st_size
@@ -76,7 +79,7 @@ def _alone(root: Path) -> Iterator[None]:
         lock = FileLock(root / ".lock")
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise LlavaPatchError(
+        raise StorageError(
             f"R-Probe's store {root} cannot be written or locked ({error}): set {VARIABLE} to a folder where that is "
             "possible, or RProbe.store = False"
         ) from error
@@ -198,7 +201,7 @@ class Store:
                         write_json(self.folder / MANIFEST, {**self.about, "shards": self.shards})
                     write_shard(path, shard, self.key, number)
                 except (OSError, SafetensorError) as error:
-                    raise LlavaPatchError(
+                    raise StorageError(
                         f"R-Probe's store {self.folder} cannot be written ({error}): set {VARIABLE} to a folder with "
                         "room, or RProbe.store = False"
                     ) from error
@@ -234,7 +237,7 @@ class Store:
                 f"RProbe.store_gb = {bound}: raise it, use fewer pages or samples, {IN_MEMORY}"
             )
         if free < to_come:
-            raise SettingError(
+            raise StorageError(
                 f"R-Probe's frozen tokens need about {to_come / GB:.3g} GB more, {free / GB:.3g} GB are free under "
                 f"{self.folder.parent} (RProbe.store_gb = {bound}): set {VARIABLE} to a larger disk, use fewer pages "
                 f"or samples, {IN_MEMORY}"

@@ -7,7 +7,6 @@ checked against its length when it is opened, and its tensors are memory-mapped:
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import InputError
 from llava_patch.core.files import atomic
+from llava_patch.core.stored import UNREADABLE
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
 from llava_patch.probe.sample import Sample
@@ -186,8 +186,6 @@ def write_shard(path: Path, shard: Shard, key: str, number: int) -> None:
     metadata["digest"] = _digest(shard.tensors, metadata)
     with atomic(path) as temporary:
         save_file({name: t.contiguous() for name, t in shard.tensors.items()}, temporary, metadata=metadata)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
 
 
 def open_shard(path: Path, key: str, number: int) -> Shard | None:
@@ -207,7 +205,9 @@ def open_shard(path: Path, key: str, number: int) -> Shard | None:
             raise DamagedShard("its tables are damaged")
         records = [Record(*values) for values in json.loads(metadata["records"])]
         return Shard(tensors, records, [(i, message) for i, message in json.loads(metadata["skipped"])])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except DamagedShard:
+        raise
+    except (SafetensorError, *UNREADABLE, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise DamagedShard(f"{type(error).__name__}: {error}") from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_patch.core.errors import InputError, LlavaPatchError, SettingError
+from llava_patch.core.errors import InputError, LlavaPatchError, SettingError, StorageError
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe import keys
@@ -262,7 +262,7 @@ def test_stores_in_use_count_against_the_bound(model):
 def test_a_full_disk_is_refused_before_it_is_full(model, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
-    with pytest.raises(SettingError, match=r"5e-06 GB are free .*RProbe\.store_gb"):
+    with pytest.raises(StorageError, match=r"5e-06 GB are free .*RProbe\.store_gb"):
         freeze_pages(model)
     assert shards() == []
 
