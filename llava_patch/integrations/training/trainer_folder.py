@@ -103,12 +103,13 @@ def check(folder: Path, weights_alone: bool | None = None) -> None:
             _check_files(adapter)
     for stem, suffix in _SHARDED:
         _check_shards(folder, stem, suffix)
+    ranks = _check_deepspeed(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise CheckpointError(f"{folder / 'model.safetensors'}: is missing, and no other weights are there")
     for sharded in (*folder.glob("pytorch_model_fsdp*/"), *folder.glob("optimizer*/")):
         if sharded.is_dir():
             _check_distributed(sharded)
-    _check_state(folder, _check_deepspeed(folder), weights_alone)
+    _check_state(folder, ranks, weights_alone)
 
 
 def _check_files(folder: Path) -> None:

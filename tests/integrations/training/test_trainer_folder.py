@@ -50,6 +50,8 @@ def test_each_kind_is_whole_and_every_file_that_is_missing_empty_or_cut_is_named
             if share and name.endswith(".distcp"):
                 continue
             expected = NAMED.get(name, name) if share is None else name
+            if kind == "deepspeed" and share is None and name == "scheduler.pt":
+                expected = ""  # its engine may keep the schedule too
             found = why_not(folder, False)
             assert (expected in found) if expected else not found, (path, share, found)
 
