@@ -11,9 +11,7 @@ from llava_patch.integrations.training.trainer_folder import look, newest_whole,
 from tests.support import run_folders
 from tests.support.run_folders import cut
 
-KINDS = {
-    name: getattr(run_folders, name) for name in ("checkpoint", "sharded", "lora", "stage1", "deepspeed", "fsdp")
-}
+KINDS = {name: getattr(run_folders, name) for name in ("checkpoint", "sharded", "lora", "stage1", "deepspeed", "fsdp")}
 NAMED = {
     "mp_rank_00_model_states.pt": "no *model_states.pt",
     "__0_0.distcp": "",  # its list of contents does not say that it is missing, nor how long it was
