@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from llava_patch.core import records
-from llava_patch.core.errors import CheckpointError, refuse
+from llava_patch.core import records, stored
+from llava_patch.core.errors import CheckpointError, brief, refuse
 from llava_patch.core.undo import meanwhile
 from llava_patch.fusion.base import TRAINING, differs
 from llava_patch.settings import active
@@ -59,8 +59,16 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
 
     if not os.path.isfile(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
-    # LLaVA's own file format; weights_only keeps a foreign pickle from running code.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:  # LLaVA's own file format; weights_only keeps a foreign pickle from running code
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {path}: cannot be read as a whole file of torch ({brief(error)}): run stage 1 "
+            "again, or take its last checkpoint's"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: expected tensors by their names")
+    stored.check_values({k: v for k, v in tensors.items() if PROJECTOR in k}, path)
     # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
     projector = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
     if not any(k.startswith(f"{PROJECTOR}.") for k in projector):

@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, SettingError, brief
 from llava_patch.core.files import plain, write_text
+from llava_patch.core.stored import UNREADABLE
 from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Moments, Step
 
 LOG = "gradients.jsonl"
 _KIND = "kind"
+_AWAY = ": go on from an earlier checkpoint, or move the file away and measure anew"
 READING = ("transition_windows", "smoothness", "step_size")
 """Settings that say how the numbers are read, not what is measured: they may change afterwards."""
 
@@ -38,7 +40,12 @@ class StepLog:
         """
         path = Path(folder if source is None else source) / LOG
         header, *entries = read_lines(path)
-        written = Gradients(**header["settings"])
+        try:
+            written = Gradients(**header["settings"])
+        except (TypeError, SettingError) as error:
+            raise CheckpointError(
+                f"{path}, line 1: not the settings of gradient statistics ({brief(error)}){_AWAY}"
+            ) from error
         for name, value in asdict(settings).items():
             if name not in READING and value != getattr(written, name):
                 raise CheckpointError(
@@ -62,22 +69,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The entries of a log (CheckpointError: it is damaged), the run's first; a line being written is left out."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: no log of gradient statistics ({error.strerror})") from error
+    except UNREADABLE as error:
+        why = getattr(error, "strerror", None) or brief(error)
+        raise CheckpointError(f"{path}: no log of gradient statistics ({why}){_AWAY}") from error
     whole = text[: text.rfind("\n") + 1].splitlines()
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(whole, 1):
         try:
             entry = json.loads(line)
-            known = entry[_KIND] in ("run", "step", "window") and (entry[_KIND] == "run") == (number == 1)
-        except (ValueError, TypeError, KeyError):
-            known = False
-        if not known:
-            raise CheckpointError(f"{path}, line {number}: not an entry of gradient statistics")
+        except UNREADABLE:
+            entry = None
+        if not _is_entry(entry, number == 1):
+            raise CheckpointError(f"{path}, line {number}: not an entry of gradient statistics{_AWAY}")
         entries.append(entry)
     if not entries:
-        raise CheckpointError(f"{path}: an empty log of gradient statistics")
+        raise CheckpointError(f"{path}: an empty log of gradient statistics{_AWAY}")
     return entries
+
+
+def _is_entry(entry: Any, first: bool) -> bool:
+    """Whether a line is one of a log: the run's facts in the first, then steps and windows with their numbers."""
+    if not isinstance(entry, dict):
+        return False
+    if first:
+        parts = (entry.get("settings"), entry.get("facts"))
+        return entry.get(_KIND) == "run" and all(isinstance(part, dict) for part in parts)
+    number = entry.get({"step": "step", "window": "last"}.get(str(entry.get(_KIND)), ""))
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _lines(entries: Sequence[dict[str, Any]]) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core import stored
+from llava_patch.core.errors import CheckpointError, brief
 from llava_patch.core.files import atomic
 from llava_patch.measurements.gradients.moments import Moments, Step
 
+_AWAY = ": go on from an earlier checkpoint, or delete the file and measure anew"
 STATE = "llava_patch_gradients.safetensors"
 """File of an unfinished window, in the folder of a checkpoint or of the results."""
 
@@ -110,25 +112,35 @@ class Window:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path, size: int, device: torch.device | str = "cpu") -> "Window":
+    def load(
+        cls, path: str | Path, size: int, device: torch.device | str = "cpu", length: int | None = None
+    ) -> "Window":
         """A window that goes on from what `save` wrote, in a run of windows of `size` and gradients on `device`.
 
-        Raises:
-            CheckpointError: no such file, a damaged one, or one of windows of another length.
-        """
-        from safetensors import SafetensorError, safe_open
+        `length`: n of its gradients, where it is known.
 
+        Raises:
+            CheckpointError: no such file, a damaged one, or one of windows or gradients of another length.
+        """
+        path = Path(path)
+        tensors, about = stored.read_tensors_and_metadata(path, advice=_AWAY)
+        stored.check_values(tensors, path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                values = json.loads((file.metadata() or {})["window"])
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
+            values = json.loads(about["window"])
             window = cls(values["size"])
-            window._vectors = {name: tensors[name] for name in ("main", "skip")} if tensors else {}
+            window._vectors = {name: tensors[name].to(device) for name in ("main", "skip")} if tensors else {}
             window._sums = {name: float(values["sums"][name]) for name in window._sums}
             window._rates = [float(rate) for rate in values["rates"]]
             window._first, window.last, window._count = (int(values[n]) for n in ("first", "last", "count"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: no running sums of gradient statistics ({error})") from error
+        except (KeyError, TypeError, AttributeError, OverflowError, *stored.UNREADABLE) as error:
+            raise CheckpointError(f"{path}: no running sums of gradient statistics ({brief(error)}){_AWAY}") from error
+        shapes = {tuple(vector.shape) for vector in window._vectors.values()}
+        wanted = {(length,)} if length is not None else {shape for shape in shapes if len(shape) == 1}
+        if (window._count > 0 and not shapes) or len(shapes) > 1 or shapes - wanted:
+            raise CheckpointError(
+                f"{path}: running sums of {window._count} steps with vectors of shapes {sorted(shapes)}, expected "
+                f"[{'n' if length is None else length}]{_AWAY}"
+            )
         if window.size != size:
             raise CheckpointError(
                 f"{path}: its windows have {window.size} steps, but Gradients.window = {size}: keep it at "
