@@ -209,6 +209,7 @@ def start(work: Callable[[], Any], place: Path, log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(descriptor, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         _seed_anew()
         code = work() or 0
     except SystemExit as end:

@@ -58,11 +58,8 @@ def test_training_goes_on_from_whatever_a_kill_left(tmp_path):
         code, said = _again(job, fixture, place)
         assert code == 0, (name, said[-2000:])
         assert not difference(usual.left, outputs(place / kills.OUT)), name
-        assert ("set aside as unfinished" in said) == (number < 2), name
-    (place,) = [tmp_path / "state1"]
-    assert {path.name for path in (place / kills.OUT).glob("unfinished-*")} == {
-        "unfinished-checkpoint-4", "unfinished-checkpoint-3",
-    }  # fmt: skip
+        aside = {path.name for path in (place / kills.OUT).glob("unfinished-*")}
+        assert aside == {f"unfinished-{cut.split('/')[0]}" for cut in cuts if "/" in cut}, name
 
 
 def test_a_sweep_goes_on_from_whatever_a_kill_left(tmp_path):
