@@ -289,6 +289,7 @@ def sweep_command(
     seeds: str = typer.Option("", help="such as 1,2,3; instead of the file's (single runs: 42)"),
     evaluate: str = typer.Option("", help="lmms-eval command for each finished run, with {checkpoint} in it"),
     dry_run: bool = typer.Option(False, "--dry-run", help="show every run's command and state; write nothing"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="replace runs of other settings in OUTPUT"),
 ) -> None:
     """Train every point of a grid with several seeds; mean ± std and a plot.
 
@@ -298,6 +299,7 @@ def sweep_command(
 
     The same command again goes on where a sweep stopped: finished runs are
     kept, failed and interrupted ones run again. Exit code 1 when one failed.
+    Runs of other settings are refused, unless --overwrite says otherwise.
     OUTPUT gets results.json, table.md (means and the per-seed table) and
     sweep.png; two numbers swept against a baseline also give bubbles.png.
 
@@ -317,7 +319,9 @@ def sweep_command(
     if not all(word.isdigit() for word in words) or len(set(words)) != len(words):
         raise SettingError(f"--seeds {seeds}: expected distinct integers, such as 1,2,3")
     try:
-        well = sweep(file, output, command, [int(word) for word in words] or None, evaluate or None, dry_run, console)
+        well = sweep(
+            file, output, command, [int(word) for word in words] or None, evaluate or None, dry_run, console, overwrite
+        )
     except KeyboardInterrupt:
         console.print("interrupted: the same command again goes on from here")
         raise typer.Exit(130) from None

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.reliability.place import Outcome, Place, Row, clean_up
+from tests.reliability.place import Outcome, Place, Row
 
 
 def rows() -> list[Row]:
@@ -29,7 +29,6 @@ def main() -> int:
         for fault in faults:
             print(f"           {fault}", flush=True)
     print(f"{len(rows())} rows, {wrong} wrong")
-    clean_up()
     return int(wrong > 0)
 
 

@@ -13,6 +13,7 @@ error must say, and the exit code. Files `rows_*.py` hold lists of them:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -197,7 +198,10 @@ class Place:
 
 @functools.cache
 def _made() -> Path:
-    return Path(tempfile.mkdtemp(prefix="reliability-"))
+    """A folder of this process, which goes with it."""
+    folder = Path(tempfile.mkdtemp(prefix="reliability-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -234,9 +238,3 @@ def open_stock() -> Any:
     from transformers import LlavaForConditionalGeneration
 
     return LlavaForConditionalGeneration.from_pretrained(_stock()).eval()
-
-
-def clean_up() -> None:
-    """Take away what was made for all rows."""
-    if _made.cache_info().currsize:
-        shutil.rmtree(_made(), ignore_errors=True)

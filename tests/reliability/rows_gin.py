@@ -48,7 +48,7 @@ def _sweep(place: Place, name: str) -> Call:
 
 
 def _flops(place: Place, name: str) -> Call:
-    return place.command("flops", "llava-v1.5-7b", "--gin-file", name)
+    return place.command("flops", "--gin-file", name)
 
 
 def _read_param(place: Place, text: str) -> Call:

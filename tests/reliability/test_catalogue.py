@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.reliability.catalogue import rows
-from tests.reliability.place import Place, Row, clean_up
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_checkpoints():
-    yield
-    clean_up()
+from tests.reliability.place import Place, Row
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)

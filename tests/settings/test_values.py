@@ -105,7 +105,7 @@ def test_values_are_shown_short():
     assert errors.shown(10**5000) in ("<int>", errors.short(str(10**500)[:1] + "0" * 5000))
     assert errors.shown(Strange()) == "<Strange>"
     assert errors.shown((1, "a")) == "(1, 'a')"
-    assert checks.printable("a\nb\0\ud800") == r"a\nb\x00\ud800" and checks.printable("Maße") == "Maße"
+    assert errors.printable("a\nb\0\ud800") == r"a\nb\x00\ud800" and errors.printable("Maße") == "Maße"
 
 
 def test_numbers_that_64_bits_hold_are_numbers():

@@ -250,8 +250,9 @@ class Following(TrainerExtension):
                 "Gradients: %s has no gradient statistics to go on with: they begin at step %d", folder, step + 1
             )
             return False
-        device = self._parameters()[0].device
-        self._window = Window.load(folder / STATE, self.settings.window, device)
+        parameters = self._parameters()
+        length = sum(map(nn.Parameter.numel, parameters))
+        self._window = Window.load(folder / STATE, self.settings.window, parameters[0].device, length)
         # The checkpoint's log: the run's own may have grown since, or lie elsewhere.
         self._log = StepLog.resume(self.folder, self.settings, step, folder)
         return True

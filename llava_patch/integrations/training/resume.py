@@ -5,24 +5,21 @@ else that trained. All of that lies in one file of ours there, written before th
 """
 
 import functools
-import itertools
-import json
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
-from llava_patch.core import records
+from llava_patch.core import records, stored
 from llava_patch.core.errors import CheckpointError
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import llava_code, lora, zero
+from llava_patch.integrations.training import trainer_folder
 from llava_patch.integrations.training.extension import TrainerExtension, extend
 from llava_patch.patching import beside_peft
 from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
@@ -32,8 +29,7 @@ from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
-_PREFIX = "checkpoint-"
-_ASIDE = "unfinished-"
+_ELSE = ": go on from an earlier checkpoint, or start into another --output_dir"
 
 
 def follow(trainer: Any, handle: Handle) -> None:
@@ -48,6 +44,7 @@ def follow(trainer: Any, handle: Handle) -> None:
         undo.wrap(trainer, "_load_from_checkpoint", lambda original, *args, **kwargs: None)  # ours holds everything
     beside = _Beside(handle)
     extend(trainer, beside)
+    extend(trainer, _NoFurtherStep())
     if beside.under_peft() and not handle.anatomy.tower_apart:  # LLaVA's script keeps it in a file of its own
         UndoStack().wrap(trainer, "save_model", beside.save_model)
 
@@ -117,17 +114,42 @@ class _Beside(TrainerExtension):
                 f"({len(parameters)} tensors), which peft's and LLaVA's files there do not hold: it was written by a "
                 "run without llava_patch, or by an older version. Start into another --output_dir, or move it away"
             )
-        with safe_open(path, framework="pt") as stream:
-            there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
-            here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
-            if there != here:
-                different = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
-                raise CheckpointError(
-                    f"{path}: {different[0]} has shape {there.get(different[0])} there and {here.get(different[0])} "
-                    "here (None: it does not train): go on with the settings that the run began with, or start into "
-                    "another --output_dir"
-                )
-            zero.copy_values(parameters, {name: stream.get_tensor(name) for name in parameters})
+        there, _ = stored.read_shapes(path, advice=_ELSE)
+        here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
+        if there != here:
+            different = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
+            raise CheckpointError(
+                f"{path}: {different[0]} has shape {there.get(different[0])} there and {here.get(different[0])} "
+                "here (None: it does not train): go on with the settings that the run began with, or start into "
+                "another --output_dir"
+            )
+        tensors = stored.read_tensors(path, advice=_ELSE)
+        stored.check_values(tensors, path)
+        zero.copy_values(parameters, tensors)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+class _NoFurtherStep(TrainerExtension):
+    """Lets a run that goes on from its last step end: in the middle of an epoch the Trainer would take one more."""
+
+    def __init__(self) -> None:
+        self._undo = UndoStack()
+
+    def begin(self, state: Any) -> None:
+        data = self.trainer.callback_handler.train_dataloader
+        if not 0 < state.max_steps <= state.global_step or data is None:
+            return
+        if state.is_world_process_zero:
+            logger.warning("llava_patch: all %d steps are done: nothing is left to train", state.global_step)
+        self._undo.set_attribute(self.trainer.args, "ignore_data_skip", True)  # which would make another loader
+        stock, set_class = type(data), functools.partial(vars(object)["__class__"].__set__, data)  # accelerate hides it
+        set_class(type(stock.__name__, (stock,), {"__iter__": lambda self: iter(())}))
+        self._undo.push(functools.partial(set_class, stock))
+
+    def end(self, state: Any) -> None:
+        self._undo.unwind()
 
 
 # --- LLaVA's stage 1 --------------------------------------------------------------------------------------------------
@@ -165,25 +187,20 @@ def _load_leniently(original: Callable[..., Any], state: Any, strict: bool = Tru
 def train(
     trainer: Any, original: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """A Trainer's own `train`, which for True takes the highest checkpoint-N: here the highest that is whole."""
+    """A Trainer's own `train`, which for True takes the highest checkpoint-N: here the highest that is whole.
+
+    CheckpointError: the one that is named is not whole, or of a run with other settings.
+    """
     if resume_from_checkpoint is True:
-        paths = [path for path in Path(trainer.args.output_dir).glob(f"{_PREFIX}*") if path.is_dir()]
-        numbers = {path: path.name.removeprefix(_PREFIX) for path in paths}
-        folders = sorted((p for p in paths if numbers[p].isdecimal()), key=lambda p: -int(numbers[p]))
-        whole = next((path for path in folders if not _lacks(path)), None)
-        broken = folders if whole is None else folders[: folders.index(whole)]
-        if folders:
-            resume_from_checkpoint = None if whole is None else str(whole)
+        found = trainer_folder.look(Path(trainer.args.output_dir), _weights_alone(trainer))
+        if found is not None:
+            resume_from_checkpoint = None if found.whole is None else str(found.whole)
         trainer.accelerator.wait_for_everyone()  # every rank has seen the folders
-        if broken and trainer.args.should_save:
-            logger.warning(
-                "llava_patch: not written to the end, and set aside as %s...: %s. Training %s",
-                _ASIDE,
-                ", ".join(f"{path} ({_lacks(path)})" for path in broken),
-                "begins anew" if whole is None else f"goes on from {whole}",
-            )
-            for path in broken:
-                _set_aside(path)
+        if found is not None and found.broken and trainer.args.should_save:
+            logger.warning("llava_patch: %s", found.said())
+            found.set_aside()
+    elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
+        _check_whole(Path(resume_from_checkpoint), _weights_alone(trainer))
     handle = get_handle(trainer.model)
     if handle is not None and isinstance(resume_from_checkpoint, (str, os.PathLike)):
         check_settings(handle, resume_from_checkpoint)
@@ -193,12 +210,20 @@ def train(
         return original(resume_from_checkpoint, *args, **kwargs)
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename half a checkpoint: as the highest one it would outlive, under save_total_limit, all that are whole."""
-    names = (
-        f"{_ASIDE}{folder.name}{suffix}" for suffix in itertools.chain([""], (f".{i}" for i in itertools.count(1)))
-    )
-    folder.rename(next(path for name in names if not (path := folder.with_name(name)).exists()))
+def _weights_alone(trainer: Any) -> bool:
+    return bool(getattr(trainer.args, "save_only_model", False))
+
+
+def _check_whole(folder: Path, weights_alone: bool) -> None:
+    """Refuse a checkpoint that was named and is not whole."""
+    if not folder.is_dir():
+        raise CheckpointError(f"resume_from_checkpoint: {folder}: no such folder")
+    why = trainer_folder.why_not(folder, weights_alone)
+    if why:
+        last = trainer_folder.look(folder.parent, weights_alone)
+        whole = None if last is None else last.whole
+        advice = "no other there is: move it away and begin anew" if whole is None else f"go on from {whole}"
+        raise CheckpointError(f"resume_from_checkpoint: {why}: the checkpoint was not written to its end; {advice}")
 
 
 def check_settings(handle: Handle, folder: str | os.PathLike[str]) -> None:
@@ -215,14 +240,3 @@ def check_settings(handle: Handle, folder: str | os.PathLike[str]) -> None:
                 f"{kind} = {None if own is None else own.settings}: go on with the settings that the run began with, "
                 "or start into another --output_dir"
             )
-
-
-def _lacks(folder: Path) -> str:
-    """What a checkpoint that was not written to its end lacks; "" where it lacks nothing."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {TRAINER_STATE_NAME}"
-    except ValueError:
-        return f"half a {TRAINER_STATE_NAME}"
-    return ""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core import records
+from llava_patch.core import records, stored
 from llava_patch.core.errors import CheckpointError, refuse
 from llava_patch.core.undo import meanwhile
 from llava_patch.core.weights import read_file
@@ -59,7 +59,13 @@ def check_projector(path: str, fusion: Any) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"--pretrain_mm_mlp_adapter {path}: no such file")
-    tensors = {tensor.name: tensor() for tensor in read_file(Path(path), whole=True)}
+    try:
+        tensors = {tensor.name: tensor() for tensor in read_file(Path(path), whole=True)}
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"--pretrain_mm_mlp_adapter {error}: run stage 1 again, or take its last checkpoint's"
+        ) from error
+    stored.check_values({k: v for k, v in tensors.items() if PROJECTOR in k}, path)
     # "model.mm_projector.0.weight", or "base_model.model.model.mm_projector.0.weight" after LoRA
     projector = {k[k.index(PROJECTOR) :]: v for k, v in tensors.items() if PROJECTOR in k}
     if not any(k.startswith(f"{PROJECTOR}.") for k in projector):

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava_patch.core import parallel
 from llava_patch.core.errors import SettingError
@@ -18,6 +17,7 @@ from llava_patch.core.records import read_settings
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import find
+from llava_patch.integrations.training.trainer_folder import newest_whole
 from llava_patch.measurements.saturation.auto_split import logger, resolve_split
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching.handle import get_handle
@@ -72,7 +72,7 @@ def resolve_for_training(
 def _resumed_split(arguments: TrainingArguments) -> int | None:
     """The split of the checkpoint that LLaVA's scripts resume from; None when the run is new."""
     folder = arguments.output_dir
-    last = get_last_checkpoint(folder) if folder and os.path.isdir(folder) else None
+    last = newest_whole(Path(folder)) if folder else None
     record = None if last is None else read_settings(last)
     found = None if record is None else from_record(record, str(last)).get("routing")
     if found is None:

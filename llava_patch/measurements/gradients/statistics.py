@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_patch.core.errors import CheckpointError, brief
 from llava_patch.core.files import atomic
-from llava_patch.core.stored import numbers, read_tensors_and_metadata
+from llava_patch.core.stored import check_values, numbers, read_tensors_and_metadata
 from llava_patch.measurements.gradients.moments import Moments, Step
 
 STATE = "llava_patch_gradients.safetensors"
@@ -117,14 +117,19 @@ class Window:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path, size: int, device: torch.device | str = "cpu") -> "Window":
+    def load(
+        cls, path: str | Path, size: int, device: torch.device | str = "cpu", length: int | None = None
+    ) -> "Window":
         """A window that goes on from what `save` wrote, in a run of windows of `size` and gradients on `device`.
 
+        `length`: n of its gradients, where it is known.
+
         Raises:
-            CheckpointError: no such file, a damaged one, or one of windows of another length.
+            CheckpointError: no such file, a damaged one, or one of windows or gradients of another length.
         """
         path = Path(path)
         tensors, metadata = read_tensors_and_metadata(path, advice=_ADVICE)
+        check_values(tensors, path)
         try:
             values = json.loads(metadata["window"])
             window = cls(values["size"])
@@ -133,11 +138,14 @@ class Window:
             window._rates = [float(rate) for rate in values["rates"]]
             window._first, window.last, window._count = (int(values[n]) for n in ("first", "last", "count"))
             wrong = [t for t in window._vectors.values() if t.dtype != torch.float32 or t.dim() != 1]
-            if wrong or set(tensors) - {"main", "skip"} or len({len(t) for t in window._vectors.values()}) > 1:
+            lengths = set() if wrong else {len(t) for t in window._vectors.values()}
+            if wrong or set(tensors) - {"main", "skip"} or len(lengths) > 1 or (window._count > 0 and not lengths):
                 raise ValueError("its sums of gradients are no two vectors of one length")
+            if length is not None and lengths - {length}:
+                raise ValueError(f"its sums of gradients have {lengths.pop()} values, expected {length}")
             if not 0 <= window._count < window.size or not numbers([*window._sums.values(), *window._rates]):
                 raise ValueError("its numbers are none")
-        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: no running sums of gradient statistics ({brief(error)}){_ADVICE}"
             ) from error

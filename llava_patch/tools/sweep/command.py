@@ -1,18 +1,23 @@
 """`llava-patch sweep`: plan, run what is still to do, and show what came out."""
 
+import contextlib
+import functools
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llava_patch.core.errors import RunError, SettingError
+from llava_patch.core.locks import folder_lock
 from llava_patch.core.terminal import show
+from llava_patch.integrations.training import trainer_folder
 from llava_patch.tools.sweep import process, record, summary
 from llava_patch.tools.sweep.figures import bubble_figure, sweep_figure
 from llava_patch.tools.sweep.plan import Run, make_plan, read_sweep
+from llava_patch.tools.sweep.settings import Sweep
 
 PLACE = "{checkpoint}"
 
@@ -25,20 +30,56 @@ def sweep(
     evaluate: str | None = None,
     dry_run: bool = False,
     console: Console | None = None,
+    overwrite: bool = False,
 ) -> bool:
-    """Run a sweep, or what is left of it; whether every run ended well. Faults are refused before the first starts."""
+    """Run a sweep, or what is left of it; whether every run ended well. Faults are refused before the first starts.
+
+    With `overwrite`, runs of other settings give way. BusyError: another sweep, or a command that one has started,
+    works in the folder.
+    """
     console = console or Console()
-    if evaluate is not None and PLACE not in evaluate:
-        raise SettingError(f"--evaluate {evaluate!r}: write {PLACE} where the checkpoint's folder belongs")
+    _check_evaluation(evaluate)
     plan = read_sweep(file)
     runs = make_plan(plan, plan.seeds if seeds is None else seeds, output, command)
-    done = [_known(run, evaluate) for run in runs]  # refuses foreign folders before anything starts
+    with contextlib.nullcontext() if dry_run else folder_lock(output):
+        return _sweep(plan, runs, output, command, evaluate, dry_run, console, overwrite)
+
+
+def _check_evaluation(evaluate: str | None) -> None:
+    if evaluate is None:
+        return
+    if PLACE not in evaluate:
+        raise SettingError(f"--evaluate {evaluate!r}: write {PLACE} where the checkpoint's folder belongs")
+    try:
+        shlex.split(evaluate)
+    except ValueError as error:
+        raise SettingError(f"--evaluate {evaluate!r}: {error}: close the quotation mark") from error
+
+
+def _sweep(
+    plan: Sweep,
+    runs: Sequence[Run],
+    output: Path,
+    command: Sequence[str],
+    evaluate: str | None,
+    dry_run: bool,
+    console: Console,
+    overwrite: bool,
+) -> bool:
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    # Foreign folders and busy ones are refused before anything starts.
+    done = [_known(run, evaluate, overwrite, say) for run in runs]
+    for run, known in zip(runs, done, strict=True):
+        if known is None:
+            process.check_free(run.folder)
+    if not overwrite:
+        summary.check_results(output / "results.json", runs)
     if dry_run:
         for run, known in zip(runs, done, strict=True):
             line = f"[bold]{run.name}[/bold]: {'finished' if known else 'to do'}\n  {shlex.join(run.command)}"
             console.print(line, highlight=False, soft_wrap=True)
         return True
-    results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate)]
+    results = [summary.with_scores(result, plan.scores) for result in _run_all(runs, done, evaluate, overwrite)]
     written = [
         summary.write_results(output / "results.json", results, command, evaluate),
         summary.write_markdown(output / "table.md", results),
@@ -60,12 +101,21 @@ def sweep(
     return all(result.error is None for result in results)
 
 
-def _known(run: Run, evaluate: str | None) -> summary.Result | None:
-    loss, metrics = record.finished(run), record.evaluated(run, evaluate)
+def _known(run: Run, evaluate: str | None, overwrite: bool, say: Callable[[str], None]) -> summary.Result | None:
+    """What is known of a run that is done; OtherRunError: of another one, unless that gives way."""
+    try:
+        loss, metrics = record.finished(run), record.evaluated(run, evaluate)
+    except record.OtherRunError as error:
+        if not overwrite:
+            raise
+        say(f"--overwrite: to be done again: {error}")
+        return None
     return None if loss is None or metrics is None else summary.Result(run, loss, metrics)
 
 
-def _run_all(runs: Sequence[Run], done: Sequence[summary.Result | None], evaluate: str | None) -> list[summary.Result]:
+def _run_all(
+    runs: Sequence[Run], done: Sequence[summary.Result | None], evaluate: str | None, overwrite: bool
+) -> list[summary.Result]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
     with Progress(*columns, console=Console(stderr=True)) as progress, process.signals_interrupt():
@@ -73,7 +123,8 @@ def _run_all(runs: Sequence[Run], done: Sequence[summary.Result | None], evaluat
         for run, known in zip(runs, done, strict=True):
             if known is None:
                 progress.update(task, description=run.name)
-                known = _attempt(run, evaluate)
+                say = functools.partial(progress.console.print, markup=False, highlight=False)
+                known = _attempt(run, evaluate, overwrite, say)
                 if known.error is not None:
                     progress.console.print(f"[red]failed:[/red] {run.name}")
                     progress.console.print(known.error, markup=False, highlight=False)
@@ -83,17 +134,18 @@ def _run_all(runs: Sequence[Run], done: Sequence[summary.Result | None], evaluat
     return results
 
 
-def _attempt(run: Run, evaluate: str | None) -> summary.Result:
+def _attempt(run: Run, evaluate: str | None, overwrite: bool, say: Callable[[str], None]) -> summary.Result:
     try:
         with process.lock(run.folder) as descriptor:
-            loss = record.finished(run)
+            loss = _trained(run, overwrite)
             if loss is None:
                 record.begin(run)
+                _pass_over(run, say)
                 started = time.monotonic()
                 process.execute(run.command, run.folder / "train.log", descriptor)
                 loss = record.final_loss(record.trainer_state(run.folder))
                 record.finish(run, loss, time.monotonic() - started)
-            metrics = record.evaluated(run, evaluate)
+            metrics = _evaluated(run, evaluate, overwrite)
             if metrics is None:
                 folder = run.folder / record.EVALUATION
                 earlier = frozenset(record.result_files(folder))
@@ -104,3 +156,30 @@ def _attempt(run: Run, evaluate: str | None) -> summary.Result:
     except RunError as error:
         return summary.Result(run, error=str(error))
     return summary.Result(run, loss, metrics)
+
+
+def _trained(run: Run, overwrite: bool) -> record.FinalLoss | None:
+    try:
+        return record.finished(run)
+    except record.OtherRunError:
+        if not overwrite:
+            raise
+        record.clear(run)
+        return None
+
+
+def _evaluated(run: Run, evaluate: str | None, overwrite: bool) -> dict[str, float] | None:
+    try:
+        return record.evaluated(run, evaluate)
+    except record.OtherRunError:
+        if not overwrite:
+            raise
+        return None
+
+
+def _pass_over(run: Run, say: Callable[[str], None]) -> None:
+    """Let a run go on from its newest checkpoint that is whole: a training without a patch stops at half a one."""
+    found = trainer_folder.look(run.folder)
+    if found is not None and found.broken:
+        say(f"{run.name}: {found.said()}")
+        found.set_aside()

@@ -20,6 +20,7 @@ from llava_patch.tools.sweep.settings import describe
 from llava_patch.tools.sweep.summary import LOSS, Result, Spread, bindings, by_point, measured, spreads
 
 COLORS = "RdYlGn"  # red worse, yellow the baseline, green better
+DRAWN = 1e100  # larger numbers have no axis; the tables have them
 SMALLEST, LARGEST = 25.0, 700.0  # areas of bubbles in square points
 TEXT: dict[str, Any] = {"fontsize": 7.0}
 RANGE = 0.42  # of the colours to each side of yellow: the ends are too dark to tell apart
@@ -38,7 +39,7 @@ def sweep_figure(results: Sequence[Result], path: Path) -> Path:
     baseline = spreads([result for result in results if result.run.baseline])
     for axis, name in zip(axes, names, strict=True):
         _lines(axis, swept, name)
-        if name in baseline:
+        if name in baseline and abs(baseline[name].mean) < DRAWN:
             axis.axhline(baseline[name].mean, color="0.4", ls="--", lw=1.2, label="baseline", zorder=1)
             axis.legend()
     seeds = sorted({result.run.seed for result in results})
@@ -56,7 +57,8 @@ def _lines(axis: Any, results: Sequence[Result], name: str) -> None:
     lines: dict[str, list[tuple[Any, list[float]]]] = {}
     for point, group in by_point(results):
         others = describe({k: v for k, v in point.items() if k != key})
-        values = [result.values()[name] for result in group if name in result.values()]
+        found = (result.values().get(name, math.inf) for result in group)
+        values = [value for value in found if not abs(value) >= DRAWN]
         lines.setdefault(others, []).append((point[key], values))
     swept = list(dict.fromkeys(value for points in lines.values() for value, _ in points))
     numeric = all(map(is_number, swept))
@@ -101,7 +103,7 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
     values = {key: [result.run.point.get(key) for result in grid] for key in bindings(grid)}
     keys = [key for key, found in values.items() if len(set(map(repr, found))) > 1]
     baseline = spreads([result for result in results if result.run.baseline])
-    names = [name for name in measured(results) if name in baseline and math.isfinite(baseline[name].mean)]
+    names = [name for name in measured(results) if name in baseline and abs(baseline[name].mean) < DRAWN]
     if not names or len(keys) != 2 or not all(is_number(value) for key in keys for value in values[key]):
         return None
     if set(scores) & set(names):
@@ -111,16 +113,17 @@ def bubble_figure(results: Sequence[Result], path: Path, scores: Collection[str]
     (x, y), (columns, rows) = keys, map(len, places.values())
     figure, axes = panel_grid(len(names), max(4.0, 1.0 + 0.7 * (1 + columns)), max(3.0, 1.2 + 0.4 * rows))
     for axis, name in zip(axes, names, strict=True):
-        means = [
-            (places[x][point[x]], places[y][point[y]], found[name].mean if name in found else math.nan)
-            for point, found in points
-        ]
+        means = [(places[x][point[x]], places[y][point[y]], _drawn(found.get(name))) for point, found in points]
         _bubbles(axis, name, places, means, baseline[name].mean)
     seeds = max(len(group) for _, group in by_point(results))
     title = "Difference to the baseline (yellow): green better, red worse; area by its size. Cross: failed. "
     title += "One seed a point." if seeds == 1 else f"Means of up to {seeds} seeds."
     figure.suptitle(textwrap.fill(title, 50 * min(3, len(names))), fontsize=TITLE)
     return write_figure(figure, path)
+
+
+def _drawn(spread: Spread | None) -> float:
+    return math.nan if spread is None or abs(spread.mean) >= DRAWN else spread.mean
 
 
 def _bubbles(

@@ -11,7 +11,7 @@ from typing import Any
 from llava_patch.core.errors import SettingError
 from llava_patch.settings import active
 from llava_patch.settings import gin_config as config
-from llava_patch.tools.sweep.settings import Sweep, describe, folder_name
+from llava_patch.tools.sweep.settings import Sweep, describe, folder_name, meaning
 
 TAKEN = ("seed", "output_dir")
 """Flags that the sweep itself sets for each run."""
@@ -64,14 +64,18 @@ def make_plan(sweep: Sweep, seeds: Sequence[int], output: Path, command: Sequenc
         raise SettingError(f"{command[0]}: no such command")
     own_files, own_params = active.take_flags(list(command))
     runs, folders = [], dict[str, dict[str, Any]]()
-    for point in sweep.points():
+    points = sweep.points()
+    for number, point in enumerate(points):
+        same = next((other for other in points[:number] if meaning(other) == meaning(point)), None)
+        if same is not None:
+            shown = "" if repr(same) == repr(point) else f", once as {describe(same)}"
+            raise SettingError(f"Sweep.grid: {describe(point)} is there twice{shown}")
         params = [*sweep.gin_params, *(f"{key} = {value!r}" for key, value in point.items())]
         settings = _settings(point, [*own_files, *sweep.gin_files], [*own_params, *params])
         name = folder_name(point)
         other = folders.setdefault(name, point)
         if other is not point:
-            shared = f"and {describe(other)} would share the folder {name}" if other != point else "is there twice"
-            raise SettingError(f"Sweep.grid: {describe(point)} {shared}")
+            raise SettingError(f"Sweep.grid: {describe(point)} and {describe(other)} would share the folder {name}")
         flags = [*((active.FILE_FLAG, file) for file in sweep.gin_files), *((active.PARAM_FLAG, one) for one in params)]
         for seed in seeds:
             folder = output / name / f"seed{seed}"

@@ -9,8 +9,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_patch.core.errors import RunError
+from llava_patch.core.errors import BusyError, RunError, brief
+from llava_patch.core.files import storage_errors
 
+_LOCK = ".lock"
 TAIL_LINES = 15
 GRACE_SECONDS = 20
 
@@ -19,31 +21,52 @@ GRACE_SECONDS = 20
 def lock(folder: Path) -> Iterator[int]:
     """Hold a folder for one run; yields the descriptor of a locked file, for the command to inherit.
 
-    So the lock lasts as long as the command, though the sweep was killed, and none is started beside it.
+    So the lock lasts as long as the command, though the sweep was killed, and none is started beside it. BusyError:
+    such a command still runs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with storage_errors(folder / _LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{folder}: a command started by another sweep still runs there; wait or end it") from None
+        _take(descriptor, folder)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder in which a command still runs that a sweep has started (BusyError)."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+        try:
+            _take(descriptor, folder)
+        finally:
+            os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BusyError(
+            f"{folder}: a command that an earlier sweep started still runs there: wait for it, or end it"
+        ) from error
+
+
 def execute(command: Sequence[str], log: Path, descriptor: int) -> None:
     """Run a command to its end; its output is appended to `log`."""
-    with log.open("ab") as stream:
+    with storage_errors(log), log.open("ab") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()
         start = stream.tell()
         # A session of its own: launchers start workers, and all of them are to end with the sweep.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
-            pass_fds=(descriptor,),
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+                pass_fds=(descriptor,),
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise RunError(f"{command[0]}: cannot be started ({brief(error)})") from error
         try:
             code = process.wait()
         finally:

@@ -110,3 +110,12 @@ def folder_name(point: Mapping[str, Any]) -> str:
     """A point of the grid as a folder's name: no character that a shell, or lmms-eval's model_args, would split."""
     words = (f"{key}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value)).strip('-')}" for key, value in point.items())
     return "_".join(words)
+
+
+def meaning(value: Any) -> Any:
+    """A value by which two that mean the same are equal: 18 and 18.0, lists and tuples; but not 1 and True."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: meaning(item) for key, item in value.items()}
+    return tuple(map(meaning, value)) if isinstance(value, (list, tuple)) else value

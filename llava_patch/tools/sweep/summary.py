@@ -1,5 +1,6 @@
 """What a sweep found: mean and spread of each point, the per-seed table; as JSON and as tables."""
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava_patch.core import stored
+from llava_patch.core.errors import LlavaPatchError
 from llava_patch.core.files import write_json, write_text
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.sweep.plan import Run
-from llava_patch.tools.sweep.record import FINAL_STEPS, FinalLoss
-from llava_patch.tools.sweep.settings import describe
+from llava_patch.tools.sweep.record import FINAL_STEPS, FinalLoss, OtherRunError, spelled
+from llava_patch.tools.sweep.settings import describe, meaning
 
 LOSS = "final loss"
 Rows = tuple[list[str], list[list[str]]]
@@ -34,11 +37,19 @@ class Result:
 def with_scores(result: Result, scores: Mapping[str, Sequence[str]]) -> Result:
     """The result with the means that `Sweep.scores` names; one that lacks a metric is left out."""
     means = {
-        name: statistics.fmean(result.metrics[metric] for metric in metrics)
+        name: _mean([result.metrics[metric] for metric in metrics])
         for name, metrics in scores.items()
         if set(metrics) <= set(result.metrics)
     }
     return replace(result, metrics={**result.metrics, **means})
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Infinite or not a number where one is."""
+    try:
+        return statistics.fmean(values)
+    except (ValueError, OverflowError):  # both infinities, or too large a sum
+        return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value; not-a-number (a diverged run) makes both not-a-number."""
-        if not all(map(math.isfinite, values)):
-            return cls(math.nan, None if len(values) < 2 else math.nan, len(values))
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        """Of at least one value; one that is not finite (a diverged run) makes both not-a-number."""
+        try:
+            if all(map(math.isfinite, values)):
+                std = statistics.stdev(values) if len(values) > 1 else None
+                return cls(statistics.fmean(values), std, len(values))
+        except OverflowError:  # near the largest number that there is
+            pass
+        return cls(math.nan, None if len(values) < 2 else math.nan, len(values))
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.std is None else f" ± {self.std:.4f}")
@@ -122,13 +137,29 @@ def write_markdown(path: Path, results: Sequence[Result]) -> Path:
     return write_text(path, "\n\n".join([*parts, *notes(results)]) + "\n")
 
 
+def check_results(path: Path, runs: Sequence[Run]) -> None:
+    """Refuse to replace the results of a sweep that had other points (OtherRunError)."""
+    try:
+        points = stored.read_object(path).get("points")
+    except LlavaPatchError:  # none, or not whole: it is made of the runs' own records
+        return
+    known = [meaning(json.loads(json.dumps(run.point))) for run in runs]
+    for one in points if isinstance(points, list) else []:
+        point = one.get("point") if isinstance(one, dict) else None
+        if isinstance(point, dict) and meaning(point) not in known:
+            raise OtherRunError(
+                f"{path} holds the results of {describe(point)}, which this sweep has not: give --overwrite to replace "
+                "them, or choose another --output"
+            )
+
+
 def write_results(path: Path, results: Sequence[Result], command: Sequence[str], evaluation: str | None) -> Path:
     """Everything as JSON."""
 
     def written(result: Result) -> dict[str, Any]:
-        loss = result.loss and asdict(result.loss)
+        loss = result.loss and spelled(asdict(result.loss))
         of_run = {"seed": result.run.seed, "folder": str(result.run.folder)}
-        return {**of_run, "loss": loss, "metrics": result.metrics, "error": result.error}
+        return {**of_run, "loss": loss, "metrics": spelled(result.metrics), "error": result.error}
 
     points = [
         {

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers import Trainer, TrainingArguments
 import gin
 from llava_patch import Routing, SkipLinks, patch
 from llava_patch.core.errors import CheckpointError
+from llava_patch.integrations.training import resume
 from llava_patch.integrations.training.resume import FILE
 from llava_patch.settings import active
 from tests.support import models
 from tests.support.models import IMAGE, Host
+from tests.support.run_folders import cut
 from tests.support.tiny_train import arguments, losses, make_data
 
 BOTH = ("SkipLinks.stride = 2", "Routing.split = 3", 'Routing.freeze = "none"')
@@ -97,7 +100,8 @@ def test_what_was_not_written_to_the_end_is_set_aside(data, beside_lora, tmp_pat
     (out / "checkpoint-12").mkdir()
     (out / "checkpoint-12" / "adapter_config.json").write_text("{}")
     assert train(data, out, save_total_limit=1, **LORA) == losses(beside_lora)
-    assert f"{out}/checkpoint-12 (no trainer_state.json), {out}/checkpoint-4 (half a trainer_state.json)" in caplog.text
+    assert f"{out}/checkpoint-12/trainer_state.json: cannot be read (No such file" in caplog.text
+    assert f"{out}/checkpoint-4/trainer_state.json: not valid JSON" in caplog.text
     assert f"goes on from {out}/checkpoint-2" in caplog.text
     assert [path.name for path in (out / "unfinished-checkpoint-12").iterdir()] == ["adapter_config.json"]
     assert (out / "unfinished-checkpoint-4" / "trainer_state.json").stat().st_size == 99
@@ -107,6 +111,30 @@ def test_what_was_not_written_to_the_end_is_set_aside(data, beside_lora, tmp_pat
     out = tmp_path / "nothing"
     (out / "checkpoint-12").mkdir(parents=True)
     assert len(train(data, out, steps=1, **LORA)) == 1 and "Training begins anew" in caplog.text
+
+
+def test_what_was_cut_off_is_passed_over_and_by_hand_refused(data, beside_lora, tmp_path, caplog):
+    for name in ("optimizer.pt", "rng_state.pth", "adapter_model.safetensors", FILE, "llava_patch.json"):
+        out = _resumable(beside_lora, tmp_path / name, 2, 4)
+        cut(out / "checkpoint-4" / name)
+        with pytest.raises(CheckpointError, match=rf"{name}: .*not written to its end; go on from {out}/checkpoint-2"):
+            resume.train(SimpleNamespace(args=SimpleNamespace()), None, str(out / "checkpoint-4"))
+    assert train(data, out, **LORA) == losses(beside_lora)  # the last of them
+    assert f"{out}/checkpoint-4/llava_patch.json: not valid JSON" in caplog.text
+    assert same(beside_lora / "checkpoint-4", out / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="checkpoint-9: no such folder"):
+        resume.train(SimpleNamespace(args=SimpleNamespace()), None, str(out / "checkpoint-9"))
+
+
+def test_a_run_that_goes_on_from_its_last_step_takes_no_other(data, beside_lora, tmp_path, caplog):
+    out = _resumable(beside_lora, tmp_path / "out", 2, 4)
+    assert train(data, out, **LORA) == losses(beside_lora)
+    assert "all 4 steps are done" in caplog.text and not (out / "checkpoint-5").exists()
+    for name in ("non_lora_trainables.bin",):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (beside_lora, out))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (beside_lora, out))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_checkpoint_that_lacks_what_trained_is_refused(data, beside_lora, tmp_path):

@@ -1,6 +1,7 @@
 """Stands in for a training script: takes the flags a sweep appends and logs losses that depend on them.
 
-FAKE_FAIL: a split that fails. FAKE_SLEEP: seconds to wait for before the end. Each call is noted in FAKE_CALLS.
+FAKE_FAIL: a split that fails. FAKE_SLEEP: seconds to wait for before the end. FAKE_SCORES: what
+the evaluation finds, as JSON. Each call is noted in FAKE_CALLS.
 """
 
 import argparse
@@ -28,6 +29,7 @@ if options.evaluated is not None:  # lmms-eval's part
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"alias": "pope", "pope_accuracy,none": 1 - loss / 100, "pope_accuracy_stderr,none": 0.1,
                "pope_f1,none": 0.5}  # fmt: skip
+    numbers = json.loads(os.environ.get("FAKE_SCORES") or json.dumps(numbers))
     results = {"results": {"pope": numbers}}
     (folder / f"{time.time_ns()}_results.json").write_text(json.dumps(results))
     sys.exit()

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_patch.cli.main import app, main
-from llava_patch.core.errors import SettingError
+from llava_patch.core.errors import BusyError, SettingError
 from llava_patch.tools.sweep.command import sweep
-from llava_patch.tools.sweep.record import FILE
+from llava_patch.tools.sweep.record import EVALUATION_FILE, FILE
+from tests.support import run_folders
 
 
 def _results(output):
@@ -129,8 +130,117 @@ def test_records_of_other_settings_or_commands_are_refused(sweep_file, command, 
     with pytest.raises(SettingError, match=r"holds started but no llava_patch_sweep.json"):
         sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
     record.write_text("{")
-    with pytest.raises(SettingError, match="not JSON"):
+    with pytest.raises(SettingError, match=r"not valid JSON .*--overwrite"):
         sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+
+
+def test_runs_of_other_settings_give_way_to_overwrite_alone(sweep_file, command, calls, tmp_path, capsys):
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    run = tmp_path / "o" / "Routing.split-3" / "seed1"
+    (run / "checkpoint-5").mkdir()  # what the other training must not go on from
+    (run / "model.bin").touch()
+    sweep_file.write_text(sweep_file.read_text() + 'Sweep.gin_params = ("Routing.side_layers = 2",)\n')
+    with pytest.raises(SettingError, match="--overwrite"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    assert len(calls()) == 2 and (run / "model.bin").exists()
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], overwrite=True)
+    assert len(calls()) == 4 and not (run / "model.bin").exists() and not (run / "checkpoint-5").exists()
+    assert "--overwrite: to be done again" in capsys.readouterr().out
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) and len(calls()) == 4
+
+
+def test_results_of_other_points_are_refused(sweep_file, command, calls, tmp_path):
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    sweep_file.write_text(sweep_file.read_text().replace("(3, 5)", "(3, 4)"))
+    with pytest.raises(SettingError, match=r"holds the results of Routing.split = 5, .* --overwrite"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    assert len(calls()) == 2
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], overwrite=True) and len(calls()) == 3
+
+
+def test_settings_are_compared_by_meaning(sweep_file, command, calls, tmp_path):
+    text = sweep_file.read_text() + 'Sweep.gin_params = ("SkipLinks.layers = LAYERS", "Flags.weight_decay = DECAY")\n'
+    sweep_file.write_text(text.replace("LAYERS", "(1, 2)").replace("DECAY", "0"))
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    sweep_file.write_text(text.replace("LAYERS", "[1, 2]").replace("DECAY", "0.0"))
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) and len(calls()) == 2
+    sweep_file.write_text(text.replace("LAYERS", "[1, 3]").replace("DECAY", "0.0"))
+    with pytest.raises(SettingError, match=r"SkipLinks.layers = \(1, 2\) there, SkipLinks.layers = \[1, 3\] now"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"format": 1', '{"format": 1}', '{"format": 2}', "\x00"])
+def test_damaged_records_are_named_and_done_again_with_overwrite(text, sweep_file, command, calls, tmp_path):
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate)
+    for name in (FILE, EVALUATION_FILE):
+        record = tmp_path / "o" / "Routing.split-3" / "seed1" / name
+        whole, before = record.read_text(), len(calls())
+        record.write_text(text)
+        with pytest.raises(SettingError, match=rf"{name}: .*--overwrite"):
+            sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate)
+        assert len(calls()) == before
+        assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1], evaluate=evaluate, overwrite=True)
+        assert len(calls()) == before + (2 if name == FILE else 1)
+        assert json.loads(record.read_text()).keys() == json.loads(whole).keys()
+
+
+@pytest.mark.parametrize("field", ["loss", "state", "command", "settings", "point"])
+@pytest.mark.parametrize("value", [None, [], "x", {"mean": 1}])
+def test_fields_of_a_record_that_are_of_another_kind(field, value, sweep_file, command, calls, tmp_path):
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    record = tmp_path / "o" / "Routing.split-3" / "seed1" / FILE
+    record.write_text(json.dumps({**json.loads(record.read_text()), field: value}))
+    if field == "state":  # begun, as far as it says
+        assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) and len(calls()) == 3
+        return
+    with pytest.raises(SettingError, match=f"{FILE}: .*--overwrite"):
+        sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+
+
+def test_a_second_sweep_in_the_folder_is_refused(sweep_file, command, calls, tmp_path):
+    # in another process: a lock's own process may enter again
+    code = f"import pathlib, sys, time; from llava_patch.core.locks import folder_lock as lock\n" \
+           f"with lock(pathlib.Path({str(tmp_path / 'o')!r})): print(1, flush=True); sys.stdin.read()"  # fmt: skip
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    try:
+        with pytest.raises(BusyError, match="another run works in"):
+            sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    finally:
+        other.communicate()
+    assert not calls() and sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+
+
+def test_half_a_checkpoint_is_passed_over(sweep_file, command, calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAIL", "3")
+    sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    run = tmp_path / "o" / "Routing.split-3" / "seed1"
+    run_folders.checkpoint(run / "checkpoint-4")
+    run_folders.cut(run_folders.checkpoint(run / "checkpoint-6") / "optimizer.pt")
+    monkeypatch.delenv("FAKE_FAIL")
+    assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+    assert sorted(path.name for path in run.glob("*checkpoint-*")) == ["checkpoint-4", "unfinished-checkpoint-6"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "checkpoint-6/optimizer.pt: cannot be read as a whole file" in said and "goes on from" in said
+
+
+def test_scores_that_are_infinite_or_no_number_stay_as_they_are(sweep_file, command, calls, tmp_path, monkeypatch):
+    sweep_file.write_text(
+        sweep_file.read_text() + 'Sweep.scores = {"both": ("pope/up", "pope/down"), "one": ("pope/up", "pope/none")}\n'
+    )
+    monkeypatch.setenv(
+        "FAKE_SCORES", '{"up,none": Infinity, "down,none": -Infinity, "none,none": NaN, "x,none": 1e308}'
+    )
+    evaluate = " ".join([*command, "--evaluated", "{checkpoint}"])
+    for _ in range(2):  # the second time from the records
+        assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1, 3], evaluate=evaluate)
+        point = _results(tmp_path / "o")["points"][0]
+        assert point["runs"][0]["metrics"] == {
+            "pope/up": "inf", "pope/down": "-inf", "pope/none": "nan", "pope/x": 1e308, "both": "nan", "one": "nan",
+        }  # fmt: skip
+        assert point["summary"]["pope/up"] == {"mean": None, "std": None, "n": 2}
+    assert len(calls()) == 8
 
 
 def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path):
@@ -142,7 +252,7 @@ def test_evaluation_metrics_join_the_tables(sweep_file, command, calls, tmp_path
     assert len(calls()) == 8
     assert sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate)
     assert len(calls()) == 8
-    with pytest.raises(SettingError, match="remove the file to evaluate again"):
+    with pytest.raises(SettingError, match=r"remove the file, or give --overwrite, to evaluate again"):
         sweep(str(sweep_file), tmp_path / "o", command, evaluate=evaluate + " --seed 1")
     with pytest.raises(SettingError, match=r"write \{checkpoint\}"):
         sweep(str(sweep_file), tmp_path / "o", command, evaluate="lmms-eval")
@@ -172,12 +282,13 @@ def test_a_dry_run_writes_nothing(sweep_file, command, calls, tmp_path):
     assert not calls() and not (tmp_path / "o").exists()
 
 
-def test_a_bad_point_stops_everything(sweep_file, command, calls, tmp_path, monkeypatch):
+def test_a_bad_point_stops_everything(sweep_file, command, calls, tmp_path, monkeypatch, capsys):
     sweep_file.write_text(sweep_file.read_text().replace("(3, 5)", "(3, -5)"))
     arguments = ["sweep", str(sweep_file), "--output", str(tmp_path / "o"), "--", *command]
     monkeypatch.setattr(sys, "argv", ["llava-patch", *arguments])
-    with pytest.raises(SystemExit, match=r"^llava-patch: point Routing.split = -5 of the sweep"):
+    with pytest.raises(SystemExit, match="2"):
         main()
+    assert capsys.readouterr().err.startswith("llava-patch: point Routing.split = -5 of the sweep")
     assert not calls() and not (tmp_path / "o").exists()
 
 
@@ -227,8 +338,8 @@ def test_no_second_training_beside_one_that_outlived_its_sweep(sweep_file, comma
     process.wait()
     child = int(subprocess.check_output(["pgrep", "-f", str(tmp_path / "o" / "Routing.split-3" / "seed1")]).split()[0])
     try:
-        assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) is False
-        error = _results(tmp_path / "o")["points"][0]["runs"][0]["error"]
-        assert "still runs there" in error
+        with pytest.raises(BusyError, match="seed1: a command that an earlier sweep started still runs there"):
+            sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
+        assert len(calls()) == 1 and not (tmp_path / "o" / "results.json").exists()
     finally:
         os.kill(child, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """The final loss and lmms-eval's metrics, read from files as their programs write them."""
 
 import json
+import math
 
 import pytest
 
@@ -58,16 +59,36 @@ def test_a_checkpoint_of_a_training_that_broke_off_is_no_end(tmp_path):
 
 def test_files_that_cannot_be_read_are_an_error(tmp_path):
     (tmp_path / "trainer_state.json").write_text("{")
-    with pytest.raises(RunError, match=r"trainer_state\.json: the command ended well but left what cannot be read"):
+    with pytest.raises(RunError, match=r"trainer_state\.json: not valid JSON .*the command ended well"):
         trainer_state(tmp_path)
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(RunError, match="no training loss"):
         final_loss(tmp_path / "trainer_state.json")
     (tmp_path / "1_results.json").write_text("{")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match=r"results\.json: not valid JSON"):
         metrics(tmp_path)
     (tmp_path / "1_results.json").write_text("{}")
     with pytest.raises(RunError, match="left no metric"):
+        metrics(tmp_path)
+
+
+@pytest.mark.parametrize("history", ["x", [1], [{"loss": 1.0}], [{"step": 1, "loss": "x"}], [{"step": 1, "loss": None}],
+                                     [{"step": 1, "loss": 10**400}]])  # fmt: skip
+def test_a_log_of_another_kind_is_an_error(history, tmp_path):
+    with pytest.raises(RunError, match=r"trainer_state\.json"):
+        final_loss(_state(tmp_path, history))
+
+
+def test_losses_of_a_run_that_diverged(tmp_path):
+    infinite = _state(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": math.inf}])
+    assert final_loss(infinite).mean == math.inf
+    assert math.isnan(final_loss(_state(tmp_path, [{"step": 1, "loss": math.nan}])).mean)
+
+
+@pytest.mark.parametrize("results", [[], {"pope": 1}, {"pope": {"acc,none": 10**400}}])
+def test_results_of_another_kind_are_an_error(results, tmp_path):
+    (tmp_path / "1_results.json").write_text(json.dumps({"results": results}))
+    with pytest.raises(RunError, match=r"1_results\.json"):
         metrics(tmp_path)
 
 

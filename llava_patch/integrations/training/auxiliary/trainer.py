@@ -4,13 +4,14 @@ The head is no part of the model that is saved: it lies beside each checkpoint, 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import IterableDataset
 
+from llava_patch.core import stored
 from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
 from llava_patch.hosts import lora, zero
@@ -22,6 +23,7 @@ from llava_patch.probe.auxiliary.attach import HEAD
 from llava_patch.probe.auxiliary.regions import KEY
 
 FILE = "llava_patch_rprobe.safetensors"
+_ELSE = ": go on from an earlier checkpoint, or start into another --output_dir"
 
 
 def check(handle: Handle, training_args: Any) -> None:
@@ -182,14 +184,26 @@ def load_head(handle: Handle, folder: Path) -> None:
             "AuxiliaryProbe (start into another --output_dir), or the file is lost"
         )
     parameters = dict(auxiliary.head.named_parameters())
-    with safe_open(path, framework="pt") as stream:
-        check_fingerprint(handle.model, json.loads((stream.metadata() or {}).get("fingerprint", "{}")), path)
-        there = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
-        here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
-        if there != here:
-            different = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
-            raise CheckpointError(
-                f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
-                f"{here.get(different[0])}: it belongs to another model"
-            )
-        zero.copy_values(parameters, {name: stream.get_tensor(name) for name in parameters})
+    there, about = stored.read_shapes(path, advice=_ELSE)
+    check_fingerprint(handle.model, _fingerprint(about, path), path)
+    here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
+    if there != here:
+        different = sorted(n for n in {**there, **here} if there.get(n) != here.get(n))
+        raise CheckpointError(
+            f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
+            f"{here.get(different[0])}: it belongs to another model"
+        )
+    tensors = stored.read_tensors(path, advice=_ELSE)
+    stored.check_values(tensors, path)
+    zero.copy_values(parameters, tensors)
+
+
+def _fingerprint(about: Mapping[str, str], path: Path) -> dict[str, list[float]]:
+    """What the file says of the model that it was trained on, of which there is always some."""
+    try:
+        found = json.loads(about["fingerprint"])
+    except (KeyError, *stored.UNREADABLE):
+        found = None
+    if not isinstance(found, dict) or not found or not all(map(stored.numbers, found.values())):
+        raise CheckpointError(f"{path}: fingerprint, by which the head's model is known, is missing or damaged{_ELSE}")
+    return found
