@@ -147,7 +147,7 @@ def check_output(folder: Path) -> Path:
         ) from error
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        what = "is a file; expected a folder" if nearest == folder else f"{nearest} is a file; expected folders"
+        what = "is a file; expected a folder" if nearest == folder else f"{nearest} is a file; expected a folder"
         raise CheckpointError(f"--output {folder}: {what}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise StorageError(f"--output {folder}: you may not write in {nearest}: give another --output")

@@ -60,7 +60,7 @@ def test_llava(tmp_path):
 
 
 def test_what_is_no_checkpoint_or_has_no_tiles(tmp_path):
-    with pytest.raises(CheckpointError, match=r"not a checkpoint, it holds no config.json"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no config.json"):
         read_transform(tmp_path, "resize")
     with pytest.raises(HostError, match="does not cut images into tiles"):
         read_transform(checkpoint(tmp_path, tiny_model()), "anyres")

@@ -498,7 +498,8 @@ def measured(command: str, spoil: Spoil, *words: Any) -> Callable[[Place], Call]
         folder = place.stock()
         spoil(place, folder)
         picture = place.image()
-        return place.command(command, folder, picture, *words, "--output", "result", "--device", "cpu")
+        data = ["--data", picture] if command == "attention-maps" else [picture]  # it takes several checkpoints
+        return place.command(command, folder, *data, *words, "--output", "result", "--device", "cpu")
 
     return make
 

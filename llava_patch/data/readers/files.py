@@ -10,7 +10,6 @@ from typing import Any
 from llava_patch.core.errors import InputError
 from llava_patch.core.stored import is_finite, shown
 from llava_patch.probe.sample import Box
-from llava_patch.settings.checks import is_number
 
 
 def numbered_lines(path: Path, encoding: str | None = None) -> list[tuple[int, str]]:
@@ -70,7 +69,7 @@ def parse_json(text: str, where: str) -> Any:
 def four_numbers(value: Any, where: str, expected: str) -> Box:
     """Four finite numbers of a JSON list; an InputError where it is anything else."""
     sound = isinstance(value, (list, tuple)) and len(value) == 4
-    if not sound or not all(is_number(n) for n in value):
+    if not sound or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value):
         raise InputError(f"{where} {shown(value)}: expected {expected}")
     if not all(map(is_finite, value)):
         raise InputError(f"{where} {shown(value)}: a number in it is not finite: expected {expected}")

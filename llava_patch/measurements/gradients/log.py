@@ -13,7 +13,7 @@ from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Moments, Step
 
 LOG = "gradients.jsonl"
-ADVICE = ": delete the file to measure again, or name another folder"
+ADVICE = ": go on from an earlier checkpoint, or delete the file to measure again"
 _KIND = "kind"
 READING = ("stop", "transition_windows", "smoothness", "step_size")
 """Settings that say how far a run goes or how numbers are read, not what is measured: they may change afterwards."""

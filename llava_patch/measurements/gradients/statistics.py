@@ -22,7 +22,7 @@ from llava_patch.measurements.gradients.moments import Moments, Step
 
 STATE = "llava_patch_gradients.safetensors"
 """File of an unfinished window, in the folder of a checkpoint or of the results."""
-_ADVICE = ": delete it to begin a new window, or name another folder"
+_ADVICE = ": go on from an earlier checkpoint, or delete it to begin a new window"
 
 
 class Window:

@@ -28,7 +28,7 @@ from llava_patch.measurements.rprobe.store.shard import FORMAT, Record
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import tensors_of, weights_digest
 from llava_patch.probe.decoder import ProbeDecoder
-from llava_patch.probe.sample import Sample
+from llava_patch.probe.sample import Sample, size_and_orientation
 from llava_patch.probe.sequence import build_sequence
 from llava_patch.probe.transform import Transform
 from llava_patch.probe.view import encode_views
@@ -67,9 +67,18 @@ def images_of(samples: Sequence[Sample], settings: RProbe) -> ImagesOfData:
         # Lines of one page share its tokens, unless each line is blacked out in a copy of its own.
         images.setdefault(index if settings.masked else content, []).append(index)
         records.append(Record(index, sample.id, sample.document or sample.id, sample.text))
-        told.append([content, sample.boxes, sample.all_boxes])
+        turned = _turned(sample)  # read upright since: what an earlier version kept of it is another picture
+        told.append([content, sample.boxes, sample.all_boxes, *([f"EXIF {turned}"] if turned > 1 else [])])
     key = {"own": digest(told), "samples": len(told), "images": len(images)}
     return ImagesOfData(list(images.values()), records, key)
+
+
+def _turned(sample: Sample) -> int:
+    """The EXIF orientation of a sample's image, 1 to 8; 1 for one that cannot be opened, which is found out later."""
+    try:
+        return size_and_orientation(sample.image, sample.id)[1]
+    except InputError:
+        return 1
 
 
 def trained_on(train: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list[str], int]:

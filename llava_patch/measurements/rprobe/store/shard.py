@@ -27,7 +27,7 @@ from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform, black_out
 from llava_patch.probe.view import View, encode_views, target_tokens
 
-FORMAT = 2
+FORMAT = 1
 SKIP = 'RProbe.broken = "skip" leaves out what cannot be used'
 LARGE = ("tokens", "pixels", "injections")  # what is not read when a shard is opened
 COUNTED_BY = {
