@@ -72,7 +72,7 @@ def test_other_models_and_folders_without_a_config_are_refused(tmp_path):
         ),
         (HF, {"vision_config": {"hidden_size": "x"}}, "vision_config: hidden_size = 'x': expected an integer"),
         (HF, {"vision_feature_layer": "x"}, "vision_feature_layer = 'x': expected an integer or a list"),
-        (HF, {"llava_patch": [1]}, r"settings are \[1\], expected an object"),
+        (HF, {"llava_patch": [1]}, r"its llava_patch settings are \[1\], expected an object"),
         (LLAVA, {"mm_vision_tower": 3}, "mm_vision_tower = 3: expected text"),
         (LLAVA, {"mm_vision_tower": ""}, "mm_vision_tower = '': expected the folder or hub name"),
         (LLAVA, {"mm_hidden_size": "8"}, "mm_hidden_size = '8': expected an integer"),
