@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_patch.core import records
@@ -239,10 +240,9 @@ def check_resumed(trainer: Any, folder: Any = None) -> None:
     `folder`: what the Trainer's `train` got, a checkpoint or True for the last one.
     """
     if folder is True:
-        from transformers.trainer_utils import get_last_checkpoint
+        from llava_patch.integrations.training.trainer_folder import newest_whole
 
-        output = trainer.args.output_dir
-        folder = get_last_checkpoint(output) if os.path.isdir(output) else None
+        folder = newest_whole(Path(trainer.args.output_dir))
     record = records.checkpoint_record(folder) if isinstance(folder, (str, os.PathLike)) else None
     if record:
         raise CheckpointError(

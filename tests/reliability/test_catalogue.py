@@ -6,6 +6,7 @@ import pytest
 
 from tests.reliability.catalogue import rows
 from tests.reliability.place import Place, Row
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
@@ -18,6 +19,11 @@ def test_rows_have_names_of_their_own_and_say_what_to_look_for():
     names = [row.name for row in rows()]
     assert len(names) == len(set(names))
     assert all(row.says and row.code in (1, 2) for row in rows())
+
+
+def test_the_manual_says_how_many_rows_there_are():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"a catalogue of {len(rows())} rows" in page and len(rows()) >= 150
 
 
 def test_a_row_that_is_accepted_or_ends_elsewhere_is_a_fault(tmp_path):
