@@ -11,11 +11,12 @@ from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
 from llava_patch.hosts.towers import models as tower_models
-from llava_patch.probe.transform import Transform, check_crop
+from llava_patch.probe.transform import Transform, square_transform
+from llava_patch.probe.window import TEXT_HEIGHT
 from llava_patch.settings.methods import from_record
 
 
-def read_transform(folder: str | Path, mode: str) -> Transform:
+def read_transform(folder: str | Path, mode: str, text_height: float = TEXT_HEIGHT) -> Transform:
     """The probe's image transform in one of `IMAGE_MODES`, as `make_transform` gives it for the loaded checkpoint.
 
     The folder is a full checkpoint of either host, stock or patched, or an adapter whose base is there.
@@ -39,10 +40,8 @@ def read_transform(folder: str | Path, mode: str) -> Transform:
     fusion = from_record(record, str(folder)).get("fusion") if record else None
     cell = shape.patch_size * getattr(fusion, "merge_size", 1)
     height, width = (n * shape.patch_size for n in shape.grid)
-    if mode == "crop":
-        check_crop(processor)
     if mode != "anyres":
-        return Transform(processor, mode, height, width, cell)
+        return square_transform(processor, mode, height, width, cell, text_height)
     if not (
         str(raw.get("image_aspect_ratio")).startswith("anyres") if on_llava else hasattr(config, "image_grid_pinpoints")
     ):

@@ -3,7 +3,7 @@
 The way of one sample, a file a step; `measurements/rprobe` has the steps that measure and keep results on disk:
 
 1. `sample`: an image with a text region, its boxes in pixels of the stored image.
-2. `transform`: image and boxes on the plane of normalised pixels that the vision tower sees.
+2. `transform`: image and boxes on the plane of normalised pixels that the vision tower sees (`window`: of a part).
 3. `sequence.Layout`: place and cell (square of pixels) of each token.
 4. `view`: the tokens; `target_tokens`: those whose cell meets a box are the target.
 5. `measurements/rprobe/store/shard.encode`: the pixels under the targets, cut from the unmasked plane.

@@ -14,8 +14,9 @@ from llava_patch.core.errors import HostError, InputError, SettingError
 from llava_patch.core.stored import shown
 from llava_patch.hosts.compat import known_options, layout_options
 from llava_patch.hosts.tiles import Tiling
-from llava_patch.probe.sample import Box
+from llava_patch.probe.sample import Box, Sample, image_size
 from llava_patch.probe.sequence import CHANNELS, TokenGrid, target_mask, unpatchify
+from llava_patch.probe.window import TEXT_HEIGHT, Window
 
 ROUNDING = 1.0  # pixels by which a box may stick out of its image without a question: annotations are rounded
 
@@ -25,7 +26,8 @@ class Transform:
     """How an image becomes the tower's input, `height` x `width` pixels, of which `cell` x `cell` lie under one token.
 
     Its mode is "resize" (the whole image, stretched), "crop" (the processor's own resize and centre crop), "pad"
-    (padded to a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad`) or "anyres", the host's
+    (padded to a square with the mean colour first, as LLaVA-1.5's `image_aspect_ratio=pad`), "window" (the picture is a
+    window already, see `WindowTransform`: padded likewise, then stretched, never cropped) or "anyres", the host's
     `tiling`: resized with its aspect kept, centred on the best of several resolutions.
     """
 
@@ -35,6 +37,18 @@ class Transform:
     width: int
     cell: int = 1
     tiling: Tiling | None = None
+
+    def window_of(self, sample: Sample, size: tuple[int, int] | None = None) -> Window | None:
+        """The part of a sample's page that is shown for it; None: the whole page (every mode but "window").
+
+        The page's `size`, (width, height), is read from its header where it is not given.
+        """
+        return None
+
+    def focus(self, sample: Sample) -> Sample:
+        """The sample as it is shown: itself, or cut to its window."""
+        window = self.window_of(sample)
+        return sample if window is None else window.cut(sample)
 
     def plane(self, image: Image.Image) -> Tensor:
         """The processed whole image, from which targets are cut: normalised float32 [3, height, width] on CPU.
@@ -62,12 +76,12 @@ class Transform:
                 'image_mode "anyres" cuts an image into tiles: use plane(image), or encode_views for tokens'
             )
         options: dict[str, Any] = {}
-        if self.mode == "resize":
-            size = {"height": self.height, "width": self.width}
-            options = {"do_resize": True, "size": size, "do_center_crop": False, "do_pad": False}
-        elif self.mode == "pad":
+        if self.mode in ("pad", "window"):
             fill = tuple(int(x * 255) for x in self.processor.image_mean)
             images = [pad_to_square(image, fill) for image in images]
+        if self.mode in ("resize", "window"):
+            size = {"height": self.height, "width": self.width}
+            options = {"do_resize": True, "size": size, "do_center_crop": False, "do_pad": False}
         if tiled := hasattr(self.processor, "image_grid_pinpoints"):
             # One tile is the least it cuts; the overview in front of it is the whole image, stretched.
             options = {"image_grid_pinpoints": [[self.height, self.width]]}
@@ -92,7 +106,7 @@ class Transform:
         width, height = size
         plane_height, plane_width = self.plane_size(size)
         left, top, square = 0.0, 0.0, size
-        if self.mode == "pad":
+        if self.mode in ("pad", "window"):
             side = max(size)
             left, top, square = float((side - width) // 2), float((side - height) // 2), (side, side)
         new_width, new_height, crop_left, crop_top = self._geometry(square)
@@ -111,7 +125,7 @@ class Transform:
         if self.tiling is not None:
             place = self.tiling.place(size)
             return place.new_width, place.new_height, -place.left, -place.top
-        if self.mode == "resize" or hasattr(self.processor, "image_grid_pinpoints"):
+        if self.mode in ("resize", "window") or hasattr(self.processor, "image_grid_pinpoints"):
             return self.width, self.height, 0, 0
         width, height = size
         if self.processor.do_resize:
@@ -134,6 +148,54 @@ class Transform:
             return torch.zeros(3, dtype=torch.float32), torch.ones(3, dtype=torch.float32)
         mean, std = self.processor.image_mean, self.processor.image_std
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class WindowTransform(Transform):
+    """Mode "window": for each sample a square part of its page, in which its text is at least so many tokens high.
+
+    The square is as large as that allows and at most the page's longer side, where it shows what mode "pad" shows. The
+    text's height is that of the lowest of the sample's boxes. The other methods take windows, as `focus` cuts them.
+    """
+
+    text_height: float = TEXT_HEIGHT
+
+    def __post_init__(self) -> None:
+        rows = self.height // self.cell
+        if self.text_height > rows:
+            raise SettingError(
+                f"RProbe.text_height = {self.text_height:g}: the vision tower's input is {rows} tokens high: ask for "
+                "less"
+            )
+
+    @property
+    def still(self) -> Transform:
+        """The same for pictures that are windows already."""
+        return Transform(self.processor, self.mode, self.height, self.width, self.cell)
+
+    def window_of(self, sample: Sample, size: tuple[int, int] | None = None) -> Window:
+        """See `Transform`; an InputError for an image or box that cannot be used."""
+        size = image_size(sample.image, sample.place) if size is None else size
+        boxes = [check_box(box, size, sample.place) for box in sample.boxes]
+        if not boxes:
+            raise InputError(f"{sample.place}: the sample has no box")
+        lowest = min(y1 - y0 for _, y0, _, y1 in boxes)
+        side = int(lowest * self.height / (self.cell * self.text_height))
+        return Window.around(boxes, size, min(max(side, 1), max(size)))
+
+
+def square_transform(
+    processor: Any, mode: str, height: int, width: int, cell: int, text_height: float = TEXT_HEIGHT
+) -> Transform:
+    """The transform of any mode but "anyres"; `text_height` is that of "window".
+
+    A SettingError where the processor does not do what "crop" says, or the tower is not so many tokens high.
+    """
+    if mode == "window":
+        return WindowTransform(processor, mode, height, width, cell, text_height=text_height)
+    if mode == "crop":
+        check_crop(processor)
+    return Transform(processor, mode, height, width, cell)
 
 
 def check_crop(processor: Any) -> None:

@@ -18,7 +18,8 @@ from llava_patch.hosts.host import named_weights
 from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.sample import Box
 from llava_patch.probe.sequence import Layout, merge_size, square_layout, target_mask, tiled_layout
-from llava_patch.probe.transform import Transform, check_crop
+from llava_patch.probe.transform import Transform, square_transform
+from llava_patch.probe.window import TEXT_HEIGHT
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +34,13 @@ class View(Layout):
     injections: Tensor | None = None
 
 
-def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transform:
+def make_transform(anatomy: Anatomy, image_processor: Any, mode: str, text_height: float = TEXT_HEIGHT) -> Transform:
     """The image transform of a model, for one of `IMAGE_MODES`.
 
-    "resize", "crop" and "pad" make one square of the side that the vision tower takes, on any model; "anyres" is the
-    tiling of a host that cuts images into tiles. A SettingError for a mode that the model or the processor does not
-    know, a HostError for an image processor of another model, or a tower of several scales.
+    "resize", "crop", "pad" and "window" make one square of the side that the vision tower takes, on any model, and in
+    "window" a sample's text is at least `text_height` tokens high; "anyres" is the tiling of a host that cuts images
+    into tiles. A SettingError for a mode that the model or the processor does not know, a HostError for an image
+    processor of another model, or a tower of several scales.
     """
     anatomy.check_one_scale("R-Probe")
     rows, columns = anatomy.grid
@@ -53,9 +55,7 @@ def make_transform(anatomy: Anatomy, image_processor: Any, mode: str) -> Transfo
                 'or image_aspect_ratio = "anyres" on llava does): use "resize", "crop" or "pad"'
             )
         return Transform(image_processor, mode, height, width, cell, tiles.make_tiling(anatomy, image_processor))
-    if mode == "crop":
-        check_crop(image_processor)
-    return Transform(image_processor, mode, height, width, cell)
+    return square_transform(image_processor, mode, height, width, cell, text_height)
 
 
 @torch.no_grad()

@@ -95,3 +95,13 @@ def test_crop_is_refused_where_the_processor_pads(tmp_path):
     with pytest.raises(SettingError, match="LlavaImageProcessor has do_pad = True"):
         read_transform(tmp_path, "crop")
     assert read_transform(tmp_path, "pad").processor.do_pad
+
+
+def test_windows(tmp_path):
+    model = tiny_model()
+    read = read_transform(checkpoint(tmp_path, model), "window", 2)
+    theirs = make_transform(find(model), processor(), "window", 2)
+    same(read, theirs)
+    assert read.text_height == theirs.text_height == 2
+    with pytest.raises(SettingError, match=r"RProbe.text_height = 5: the vision tower's input is 4 tokens high"):
+        read_transform(tmp_path, "window", 5)

@@ -234,6 +234,15 @@ def refused_image(place: Place) -> Call:
     return call
 
 
+def window(what: str, *says: str, mode: str = "window", height: str) -> Row:
+    """A look at windows that cannot be."""
+
+    def make(place: Place) -> Call:
+        return place.command("rprobe", "preview", _lines(place, LINE), "--image-mode", mode, "--text-height", height)
+
+    return Row("windows", what, make, says)
+
+
 def hidden_inside(place: Place) -> Call:
     """An image that breaks off behind its header, found when it is opened."""
     file = _lines(place, LINE, {**LINE, "image": "cut.png"})
@@ -347,6 +356,12 @@ ROWS = [
     conversations("a NUL in a path", {"image": "a\0.png"}, "expected the path of a file", SKIP),
     conversations("an image that is not there", {"image": "gone.png"}, "gone.png cannot be read: it is missing", SKIP),
     Row("conversations", "a question of 150,000 words", long_question, ("tokens", "positions", "shorten", "a.png")),
+    # --- windows
+    window("text of no height", "RProbe.text_height = 0", "a number above 0", height="0"),
+    window("text of infinite height", "RProbe.text_height = inf", "a finite number", height="inf"),
+    window("text that is higher than the tower", "RProbe.text_height = 25", "24 tokens high", "ask for less",
+           height="25"),
+    window("a height without a window", "RProbe.text_height = 2", 'image_mode = "window"', mode="pad", height="2"),
     # --- sources
     setting("an unknown setting", "fromat=icdar", "'fromat' is no setting of a source", "coordinates"),
     setting("an unknown format", "format=pdf", "format=pdf", "expected one of"),

@@ -11,7 +11,7 @@ from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import needs
 from llava_patch.core.terminal import bordered, counted
 from llava_patch.measurements.base import words
-from llava_patch.measurements.rprobe.settings import IMAGE_MODES
+from llava_patch.measurements.rprobe.settings import IMAGE_MODES, RProbe
 
 PAGES = 16  # rendered pages that are counted when there is no data
 
@@ -22,6 +22,7 @@ def preview(
     data: str = typer.Argument("", help="JSONL file, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME; default: pages"),
     model: str = typer.Option("", help="checkpoint whose image processor and tokens are used; no weights are loaded"),
     image_mode: str = typer.Option("resize", help=f"{', '.join(IMAGE_MODES)} (anyres: with --model)"),
+    text_height: float = typer.Option(RProbe.text_height, help="least height of text in tokens, in mode window"),
     size: int = typer.Option(336, min=1, help="side of the tower's input in pixels, without --model"),
     patch: int = typer.Option(14, min=1, help="side of a token in pixels, without --model"),
     count: int = typer.Option(6, min=1, help="samples to show, spread over the data"),
@@ -47,7 +48,8 @@ def preview(
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
     if output.suffix.lower() != ".png":
         raise SettingError(f"--output {output}: expected a .png file")
-    transform = read_transform(model, image_mode) if model else clip_like(size, patch, image_mode)
+    shown_as = image_mode, RProbe(image_mode=image_mode, text_height=text_height).text_height
+    transform = read_transform(model, *shown_as) if model else clip_like(size, patch, *shown_as)
     if data:
         found = read_samples(data, boxes_per_sample, broken)
     elif boxes_per_sample != 1:

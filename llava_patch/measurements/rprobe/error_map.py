@@ -21,7 +21,7 @@ from llava_patch.measurements.rprobe.store.freeze import Encoder, FrozenData, fr
 from llava_patch.probe.decoder import ProbeDecoder
 from llava_patch.probe.sample import Box, Sample
 from llava_patch.probe.sequence import patchify
-from llava_patch.probe.transform import Plane, picture
+from llava_patch.probe.transform import Plane, WindowTransform, picture
 
 PLACEHOLDER = "."
 
@@ -97,10 +97,15 @@ def _cells(plane: Plane, box: Box) -> Tensor:
 def _map(
     decoder: ProbeDecoder, encoder: Encoder, data: FrozenData, members: Sequence[int], settings: RProbe
 ) -> ErrorMap:
-    """The map of the page on which the first of a document's samples (`members`) lies."""
+    """The map of the page on which the first of a document's samples (`members`) lies; with windows, of its window."""
     samples, name = [data.samples[i] for i in members], data.labels[members[0]][1]
     transform, first = encoder.transform, samples[0].image
     samples = [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
+    if isinstance(transform, WindowTransform):
+        window = transform.window_of(samples[0])
+        samples = [window.cut(s) for s in samples if s is samples[0] or window.holds(s.boxes)]
+        transform = transform.still  # each piece is shown in this window, not in one of its own
+        encoder = encoder._replace(transform=transform)
     plane = Plane.of(transform, samples[0].open_image(), data.grid.pixels)
     known, rest = pieces(samples, plane, data.seen_of(members[0]))
     patches = patchify(plane.pixels[None], plane.grid)

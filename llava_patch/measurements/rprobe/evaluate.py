@@ -170,7 +170,7 @@ def example(
     decoder: ProbeDecoder, data: FrozenData, index: int, transform: Transform, figures: dict[str, Any]
 ) -> Reconstruction:
     """One held-out sample, with its figures, for a picture."""
-    sample = data.samples[index]
+    sample = transform.focus(data.samples[index])
     batch = data.batch(torch.tensor([index]), next(decoder.parameters()).device)
     plane = Plane.of(transform, sample.open_image(), batch.pixels.shape[-1])
     boxes = tuple(plane.box(box, sample.id) for box in sample.boxes)

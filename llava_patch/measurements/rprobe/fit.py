@@ -88,7 +88,7 @@ def run_rprobe(
         anatomy = find(model)
         quarter(len(anatomy.layers))  # refuse before the long part
         check_memory(anatomy, settings)
-        transform = make_transform(anatomy, image_processor, settings.image_mode)
+        transform = make_transform(anatomy, image_processor, settings.image_mode, settings.text_height)
         encoder = Encoder(anatomy, transform, tokenizer)
         chosen = _data(settings, samples, heldout, transform.height)
         given = samples, heldout
@@ -159,6 +159,7 @@ def run_rprobe(
                 "skipped_train": len(train.skipped),
                 "skipped_heldout": len(held.skipped),
                 "texts_cut": train.texts_cut + held.texts_cut,
+                "regions_cut": train.regions_cut + held.regions_cut,
                 "train_fvu": running[-1] / train_variance,
                 "heldout_target_tokens": int(held.counts.sum()),
                 "data": "pages" if samples is None else "own",
@@ -231,7 +232,7 @@ def _notes(result: RProbeResult, train: FrozenData, settings: RProbe) -> list[st
             result.mse >= result.constant_mse,
             f"R-Probe learned nothing: its held-out MSE {result.mse:.4f} is not under that of a constant patch "
             f"({result.constant_mse:.4f}): train longer or on more samples, or see with `llava-patch rprobe preview "
-            "--model` whether text is large enough for this tower",
+            '--model` whether text is large enough for this tower (RProbe.image_mode = "window" enlarges it)',
         ),
         (
             2 <= documents < FEW_DOCUMENTS,

@@ -49,8 +49,8 @@ class ImagesOfData:
     key: Any
 
 
-def images_of(samples: Sequence[Sample], settings: RProbe) -> ImagesOfData:
-    """Find the images of a data set and name its content.
+def images_of(samples: Sequence[Sample], settings: RProbe, transform: Transform | None = None) -> ImagesOfData:
+    """Find the images of a data set and name its content; with windows, each of a page is an image of its own.
 
     Samples that draw themselves (they have `identity()`, JSON values) have one image each and are not drawn here. Of
     others every image file is read once: what is in it counts, not its name or time, so that a file that was replaced
@@ -64,13 +64,25 @@ def images_of(samples: Sequence[Sample], settings: RProbe) -> ImagesOfData:
     for index in range(len(samples)):
         sample = samples[index]
         content = content_of(sample)
-        # Lines of one page share its tokens, unless each line is blacked out in a copy of its own.
-        images.setdefault(index if settings.masked else content, []).append(index)
+        window = None if transform is None else _window(transform, sample)
+        # Lines of one page (and window) share its tokens, unless each line is blacked out in a copy of its own.
+        images.setdefault(index if settings.masked else (content, window), []).append(index)
         records.append(Record(index, sample.id, sample.document or sample.id, sample.text))
         turned = _turned(sample)  # read upright since: what an earlier version kept of it is another picture
-        told.append([content, sample.boxes, sample.all_boxes, *([f"EXIF {turned}"] if turned > 1 else [])])
+        more = [f"EXIF {turned}"] if turned > 1 else []
+        more += [f"window {window}"] if window is not None else []
+        told.append([content, sample.boxes, sample.all_boxes, *more])
     key = {"own": digest(told), "samples": len(told), "images": len(images)}
     return ImagesOfData(list(images.values()), records, key)
+
+
+def _window(transform: Transform, sample: Sample) -> tuple[int, int, int, int] | None:
+    """The part of its page that a sample is shown with; None: the whole page, or one that is refused in its turn."""
+    try:
+        window = transform.window_of(sample)
+    except InputError:
+        return None
+    return None if window is None else window.box
 
 
 def _turned(sample: Sample) -> int:
@@ -261,11 +273,12 @@ def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RPro
     The embeddings of the training texts are `table`, float32 [distinct tokens, hidden].
     """
     config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
+    aside = _NOT_TRAINING if settings.image_mode == "window" else {*_NOT_TRAINING, "text_height"}
     return {
         "decoder": fingerprint(decoder),
         "config": digest(config),
         "answer": fresh_answer(decoder),
-        **{f"RProbe.{k}": v for k, v in vars(settings).items() if k not in _NOT_TRAINING},
+        **{f"RProbe.{k}": v for k, v in vars(settings).items() if k not in aside},
         "RProbe.lr": lr,
         "version of torch": torch.__version__,
         "version of transformers": version("transformers"),

@@ -15,9 +15,10 @@ from llava_patch.core.plotting import shorten
 from llava_patch.measurements.rprobe.figures import place, save
 from llava_patch.probe.sample import Box, Sample, image_size
 from llava_patch.probe.sequence import CHANNELS, patchify
-from llava_patch.probe.transform import Plane, Transform, picture
+from llava_patch.probe.transform import Plane, Transform, picture, square_transform
+from llava_patch.probe.window import TEXT_HEIGHT, Window
 
-RED, BLUE = "#d62728", "#1f77b4"
+RED, BLUE, GREEN = "#d62728", "#1f77b4", "#2ca02c"
 LONGEST = 1400  # pixels of an original that is drawn: more is not seen
 # Inches: of the figure, between pictures, of titles, and of a row's pictures.
 WIDTH, EDGE, GAP, OVER, CAPTION = 7.6, 0.08, 0.12, 0.5, 0.5
@@ -27,7 +28,7 @@ DPI, LARGEST = 180, 60000  # dots an inch, and dots of the longest side that a P
 TALL = 2.6  # a page of more heights to its width is shown around the region only
 
 
-def clip_like(side: int, patch: int, mode: str) -> Transform:
+def clip_like(side: int, patch: int, mode: str, text_height: float = TEXT_HEIGHT) -> Transform:
     """The transform of a CLIP tower of that size and patch (of a token, where patches are merged), without a model."""
     from transformers import CLIPImageProcessor
 
@@ -36,7 +37,7 @@ def clip_like(side: int, patch: int, mode: str) -> Transform:
     if mode == "anyres":
         raise SettingError("--image-mode anyres: the tiles are the model's own: add --model CHECKPOINT")
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return Transform(processor, mode, side, side, patch)
+    return square_transform(processor, mode, side, side, patch, text_height)
 
 
 def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = ()) -> list[Sample]:
@@ -62,13 +63,17 @@ def choose_shown(samples: Sequence[Sample], count: int, names: Sequence[str] = (
 def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, str]]:
     """What there is, as (name, value), heights in tokens of the transform's model. Of images only headers are read."""
     sizes: dict[Any, tuple[int, int]] = {}
-    moved, cut = [], 0
+    moved, cut, begun = [], 0, 0
     for sample in samples:
         key = sample.image if isinstance(sample.image, (str, Path)) else id(sample.image)
         if key not in sizes:
             sizes[key] = image_size(sample.image, sample.id)
         try:
-            moved += [transform.box(box, sizes[key], sample.id) for box in sample.boxes]
+            boxes, size = sample.boxes, sizes[key]
+            if (window := transform.window_of(sample, size)) is not None:
+                boxes = tuple(inside for box in boxes if (inside := window.moved(box)) is not None)
+                size, begun = window.size, begun + (not window.whole)
+            moved += [transform.box(box, size, sample.id) for box in boxes]
         except InputError:  # the reader checked the boxes: this one is cut away
             cut += 1
     heights = [(y1 - y0) / transform.cell for _, y0, _, y1 in moved]
@@ -83,6 +88,8 @@ def counts(samples: Sequence[Sample], transform: Transform) -> list[tuple[str, s
         ("lower than a token", _share(sum(height < 1 for height in heights), len(heights))),
         ("smaller than a token in both", _share(small, len(heights))),
     ]
+    if transform.mode == "window":
+        lines.append(("only the beginning in its window", _share(begun, len(samples))))
     if cut:
         lines.append((f"cut away by {transform.mode}", _share(cut, len(samples))))
     return lines
@@ -98,28 +105,32 @@ def save_preview(samples: Sequence[Sample], transform: Transform, path: str | Pa
         raise InputError("preview: there is no sample to show")
     drawn = []
     for sample in samples:
-        image = sample.open_image()
-        plane, cut = Plane.of(transform, image, CHANNELS * transform.cell**2), _around(sample, image)
+        image, window = sample.open_image(), transform.window_of(sample)
+        seen = sample if window is None else window.cut(sample)
+        plane = Plane.of(transform, seen.open_image(), CHANNELS * transform.cell**2)
+        cut = _around(sample, image)
         ratio = image.width / min(image.height, TALL * image.width)  # of an original as it is shown
         sides = ratio, plane.pixels.shape[-1] / plane.pixels.shape[-2], (cut[2] - cut[0]) / (cut[3] - cut[1])
-        drawn.append((sample, image, plane, cut, *_fit(sides)))
-    height = OVER + sum(CAPTION + row for *_, row, _ in drawn)
+        shown = (sample, image, window), (seen, plane), (sample, image, cut)
+        drawn.append((shown, *_fit(sides)))
+    height = OVER + sum(CAPTION + row for _, row, _ in drawn)
     # matplotlib is imported late, and no global backend is touched.
     figure = optional("matplotlib.figure").Figure(figsize=(WIDTH, height))
     x, style = EDGE / WIDTH, {"va": "top", "parse_math": False}
     figure.text(x, 1 - 0.06 / height, shorten(title, 100), fontsize=9, weight="bold", **style)
     legend = "red: the region;  blue: other text boxes;  shaded: tokens that are the target"
+    legend += ";  green: the window" * (transform.mode == "window")
     figure.text(x, 1 - 0.26 / height, legend, fontsize=8, color="0.35", **style)
     top = height - OVER
-    for sample, image, plane, cut, row, widths in drawn:
+    for shown, row, widths in drawn:
         left = EDGE
         draws: tuple[Callable[..., None], ...] = _draw_original, _draw_plane, _draw_region
-        for draw, shown, width in zip(draws, ((image,), (plane,), (image, cut)), widths, strict=True):
+        for draw, what, width in zip(draws, shown, widths, strict=True):
             axes = place(figure, left, top - CAPTION - row + EDGE, width, row)
             axes.set_anchor("NW")
             for spine in axes.spines.values():
                 spine.set(color="0.6", linewidth=0.5)
-            draw(axes, sample, *shown, int(width / LETTER))
+            draw(axes, *what, int(width / LETTER))
             left += width + GAP
         top -= CAPTION + row
     return save(figure, path, min(DPI, LARGEST / height))
@@ -168,7 +179,7 @@ def _show(axes: Any, shown: Any, size: tuple[int, int], origin: tuple[float, flo
     axes.set(xlim=(left, left + width), ylim=(top + height, top))
 
 
-def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) -> None:
+def _draw_original(axes: Any, sample: Sample, image: Image.Image, window: Window | None, letters: int) -> None:
     shown = image
     if max(image.size) > LONGEST and image.height <= TALL * image.width:
         shown = image.copy()
@@ -176,6 +187,7 @@ def _draw_original(axes: Any, sample: Sample, image: Image.Image, letters: int) 
     _show(axes, shown, image.size)
     _outline(axes, [box for box in sample.all_boxes if box not in sample.boxes], BLUE, 0.5)
     _outline(axes, sample.boxes, RED, 1.4)
+    _outline(axes, [] if window is None else [window.box], GREEN, 1.0)
     note = ""
     tallest = round(TALL * image.width)
     if image.height > tallest:  # the whole of it would be a thread

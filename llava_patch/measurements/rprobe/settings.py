@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from llava_patch.settings.checks import BROKEN, choice, flag, integer, number
+from llava_patch.settings.checks import BROKEN, choice, flag, integer, number, refused
 
 ROPE_FORMS = ("attention", "embedding")
-IMAGE_MODES = ("resize", "crop", "pad", "anyres")
+IMAGE_MODES = ("resize", "crop", "pad", "window", "anyres")
 TRAINED = ("all", "lora", "head")
 _CHOICES = {"rope": ROPE_FORMS, "image_mode": IMAGE_MODES, "trained": TRAINED, "broken": BROKEN}
 _COUNTS = (
@@ -37,8 +37,12 @@ class RProbe:
         rope: "attention" rotates queries and keys by (row, column); "embedding" reads the paper's sentence as a
             rotation of the visual tokens themselves, before they are reordered, under the model's own 1-D rotary.
         image_mode: how an image becomes square: "resize" (stretched, whole image kept), "crop" (the image processor's
-            own shortest edge and centre crop) or "pad" (padded with the mean colour first). "anyres" is the tiling of
-            models that cut images into tiles; the default shows those models one square as well, their overview tile.
+            own shortest edge and centre crop) or "pad" (padded with the mean colour first). "window" shows of each page
+            the square part around the sample's region in which its text is `text_height` tokens high, or higher: for
+            pages whose lines are lower than a token. "anyres" is the tiling of models that cut images into tiles; the
+            other modes show those models one square as well, their overview tile.
+        text_height: least height of a region's text, in tokens, with image_mode = "window"; the height of its lowest
+            box counts.
         threshold: per-token MSE under which the paper calls a reconstruction visually coherent; 0.75.
         masked: the box is blacked out in the original image; the loss is still against the unmasked pixels.
         text: False replaces every text token by the unknown token.
@@ -71,6 +75,7 @@ class RProbe:
     seed: int = 0
     rope: str = "attention"
     image_mode: str = "resize"
+    text_height: float = 1.5
     threshold: float = 0.75
     masked: bool = False
     text: bool = True
@@ -90,7 +95,7 @@ class RProbe:
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "seed", "examples", "maps"):
             integer("RProbe", name, getattr(self, name), int(name in _COUNTS))
-        for name in ("clip", "threshold", "store_gb", "lr", "minutes"):
+        for name in ("clip", "threshold", "store_gb", "text_height", "lr", "minutes"):
             if getattr(self, name) is not None or name not in ("lr", "minutes"):
                 number("RProbe", name, getattr(self, name), above=0)
         number("RProbe", "weight_decay", self.weight_decay, 0)
@@ -100,6 +105,10 @@ class RProbe:
             choice("RProbe", name, getattr(self, name), choices)
         for name in ("masked", "text", "store"):
             flag("RProbe", name, getattr(self, name))
+        if self.image_mode != "window" and self.text_height != RProbe.text_height:
+            raise refused(
+                "RProbe", "text_height", self.text_height, f'image_mode = "window" with it, not "{self.image_mode}"'
+            )
 
     def learning_rate(self, hidden_size: int) -> float:
         """Peak learning rate for a decoder of that width."""

@@ -31,6 +31,7 @@ UNSEEN = (
     "computed: records carry them under %r; a collator or TrainingArguments.remove_unused_columns (set it to False) "
     'may drop that, and AuxiliaryProbe.broken = "skip" leaves out what does not fit'
 )
+SHOWN = ("crop", "pad", "resize")  # modes in which one whole image becomes one square
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' own list
 
 
@@ -78,6 +79,8 @@ class Auxiliary(Method):
     def marker(self, image_processor: Any, tokenizer: Any, mode: str) -> Marker:
         """What marks the regions of this model's data, with a weight above 0; see `RegionCollator`."""
         assert self.layout is not None
+        if mode not in SHOWN:
+            raise SettingError(f"RegionCollator: mode = {mode!r}: expected one of {', '.join(SHOWN)}")
         transform = make_transform(self.anatomy, image_processor, mode)
         vocabulary = int(zero.shape(self.anatomy.embed_tokens.weight)[0])
         return Marker(transform, self.layout, tokenizer, self.settings, vocabulary)

@@ -56,6 +56,9 @@ def test_preview_refuses_before_it_reads(tmp_path):
         (["--output", "p.jpg"], "--output p.jpg: expected a .png"),
         (["--image-mode", "squeeze"], "--image-mode squeeze: expected one of"),
         (["--boxes-per-sample", 2], "rendered pages have one region each"),
+        (["--text-height", 2], 'RProbe.text_height = 2.0: expected image_mode = "window"'),
+        (["--image-mode", "window", "--text-height", 0], "RProbe.text_height = 0.0: expected a number above 0"),
+        (["--image-mode", "window", "--text-height", 30], "text_height = 30: the vision tower's input is 24 tokens"),
     ):
         with pytest.raises(SettingError, match=words):
             run("preview", *arguments)
@@ -95,3 +98,14 @@ def test_preview_skips_a_file_that_breaks_off(scans, tmp_path):
         run(*arguments, "--samples", "0,4")
     assert "b.txt:1: image" in run(*arguments, "--samples", "0,4", "--broken", "skip").output.replace("\n", "")
     assert (tmp_path / "p.png").is_file()
+
+
+def test_preview_of_windows(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    where = ["preview", scans, "--size", 56, "--count", 1, "--output", tmp_path / "p.png"]
+    shown = [
+        " ".join(run(*where, *more).output.split()) for more in ((), ("--image-mode", "window", "--text-height", 1))
+    ]
+    assert "lower than a token │ 8 of 8 (100%)" in shown[0]
+    assert "lower than a token │ 0 of 8 (0%)" in shown[1]
+    assert "only the beginning in its window │ 8 of 8 (100%)" in shown[1]

@@ -224,3 +224,20 @@ def test_a_map_that_fails_costs_a_note_and_not_the_result(tmp_path, monkeypatch)
     monkeypatch.setattr(error_map, "_map", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         go()
+
+
+def test_the_map_of_a_window_is_that_of_its_picture():
+    """All regions that lie in the first sample's window, each shown in this one window."""
+    page = unique_page(200, 300)
+    boxes = ((30.0, 100.0, 50.0, 112.0), (26.0, 115.0, 54.0, 121.0), (150.0, 0.0, 190.0, 20.0))
+    texts, crop = ("one", "two", "far"), (24, 90, 56, 122)
+    lines = [Sample(page, text, (box,), boxes, text, "p", texts) for text, box in zip(texts, boxes, strict=True)]
+    moved = tuple(tuple(v - crop[i % 2] for i, v in enumerate(box)) for box in boxes[:2])
+    own = [Sample(page.crop(crop), text, (box,), moved, text, "p", texts[:2]) for text, box in zip(texts, moved)]
+    for settings in ({}, {"masked": True}):
+        (found,), _ = measured(lines, "window", image_mode="window", **settings)
+        (expected,), _ = measured(own, "pad", **settings)
+        for name in ("original", "rebuilt", "error", "text", "spoken"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+        assert (found.boxes, found.stretch, found.cell) == (expected.boxes, expected.stretch, expected.cell)
+        assert found.spoken.any() and not found.spoken.all()

@@ -148,3 +148,19 @@ def test_examples_show_the_pixels_that_were_rebuilt(frozen):
     assert last.target.nonzero()[1].max() == 41
     assert last.boxes[0] == pytest.approx((0, 0, 42, 14))
     assert figures(Offset(data, [0.0] * 3), data, torch.zeros(588), transform, RProbe(examples=0)).examples == []
+
+
+def test_examples_of_windows_show_the_window():
+    from tests.support.probes import unique_page
+
+    page, box, crop = unique_page(200, 300), (30.0, 100.0, 50.0, 112.0), (24, 90, 56, 122)
+    own = Sample(page.crop(crop), "t", ((6.0, 10.0, 26.0, 22.0),), id="a")
+    anatomy, found = find(tiny_model()), []
+    for mode, sample in (("window", Sample(page, "t", (box,), id="a")), ("pad", own)):
+        transform = make_transform(anatomy, processor(), mode)
+        data = freeze_samples(Encoder(anatomy, transform, Characters()), [sample], RProbe(store=False))
+        probe = Offset(data, [0.5])
+        found.append(figures(probe, data, torch.zeros(588), transform, RProbe(examples=1)).examples[0])
+    for name in ("original", "rebuilt", "target"):
+        assert (getattr(found[0], name) == getattr(found[1], name)).all()
+    assert (found[0].boxes, found[0].stretch) == (found[1].boxes, found[1].stretch)

@@ -348,3 +348,24 @@ def test_running_mean_and_first_step_under():
 def test_progress_works_without_a_terminal(capsys):
     run_rprobe(tiny_model(), processor(), Characters(), QUICK, progress=True)
     assert "R-Probe: train" in capsys.readouterr().err
+
+
+def test_a_run_on_windows_reads_lines_that_are_lower_than_a_token():
+    """On pages four times the tower's size a line is 3.5 of 14 pixels high; a window shows it as 21."""
+    small = [
+        dataclasses.replace(
+            sample,
+            image=sample.image.resize((224, 224), Image.Resampling.NEAREST),
+            boxes=((20.0, 60.0, 60.0, 74.0), ),
+            all_boxes=(),
+        )
+        for sample in samples(10)
+    ]  # fmt: skip
+    settings = dataclasses.replace(QUICK, image_mode="window", maps=1)
+    with pytest.warns(UserWarning):
+        result = run(tiny_model(), settings, samples=small)
+    again = run_rprobe(tiny_model(), processor(), Characters(), settings, small, progress=False)
+    assert result.mse == again.mse and len(result.maps) == 1
+    assert result.facts["regions_cut"] == 10 and any("only the beginning" in note for note in result.warnings)
+    assert result.settings["text_height"] == 1.5
+    assert {document["tokens"] for document in result.documents} == {8}  # 2 of 4 rows

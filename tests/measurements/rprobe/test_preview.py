@@ -1,6 +1,7 @@
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 from llava_patch.core.errors import InputError, SettingError
@@ -67,9 +68,11 @@ def test_shaded_cells_are_the_target(tmp_path, monkeypatch):
     (cells,) = shading((0, 110, 40, 190), "pad", monkeypatch, tmp_path)  # 14..19.6
     assert np.argwhere(cells).tolist() == [[1, 1]]
     assert shading((60, 10, 140, 40), "crop", monkeypatch, tmp_path) == []  # cut away
+    (cells,) = shading((50, 110, 80, 122), "window", monkeypatch, tmp_path)  # 32 of 200 x 400: 1.75..54.25, 17.5..38.5
+    assert np.argwhere(cells).tolist() == [[row, column] for row in (1, 2) for column in range(4)]
 
 
-@pytest.mark.parametrize("mode", ["resize", "crop", "pad"])
+@pytest.mark.parametrize("mode", ["resize", "crop", "pad", "window"])
 def test_a_row_a_sample_as_png(tmp_path, mode):
     data = [*Pages(1, 56), sample([(5, 5, 90, 20), (5, 300, 90, 380)], "Rent $5, $6\n" + "long text " * 30)]
     path = save_preview(data, clip_like(56, 14, mode), tmp_path / "new" / "p.png", "title $x$")
@@ -111,3 +114,26 @@ def test_what_cannot_be_shown(tmp_path):
             clip_like(size, patch, "resize")
     with pytest.raises(SettingError, match="add --model"):
         clip_like(56, 14, "anyres")
+
+
+def test_windows_are_counted_and_drawn(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    data = [sample([(50, 110, 80, 122)]), sample([(0, 110, 150, 122)], document="e"), sample([(0, 0, 200, 400)])]
+    found = dict(counts(data, clip_like(56, 14, "window")))
+    assert found["region height, tokens"] == "median 1.50, 1.50 to 4.00"
+    assert found["lower than a token"] == "0 of 3 (0%)"
+    assert found["only the beginning in its window"] == "1 of 3 (33%)"
+    assert "only the beginning in its window" not in dict(counts(data, clip_like(56, 14, "pad")))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **k: drawn.append(self) or path.touch())
+    save_preview(data[:1], clip_like(56, 14, "window"), tmp_path / "p.png", "t")
+    (figure,) = drawn
+    original, plane, _ = figure.axes
+    outlines = [c for c in original.collections if c.get_edgecolor()[0] == pytest.approx(to_rgba(preview.GREEN))]
+    assert len(outlines) == 1
+    corners = outlines[0].get_paths()[0].vertices
+    assert corners.min(0).tolist() == [49, 100] and corners.max(0).tolist() == [81, 132]
+    assert "window 56 x 56" in plane._left_title.get_text()
+    with pytest.raises(SettingError, match=r"RProbe.text_height = 9: the vision tower's input is 4 tokens high"):
+        clip_like(56, 14, "window", 9)

@@ -26,6 +26,9 @@ from llava_patch.measurements.rprobe.settings import RProbe
         ("heldout_share", 0.0),
         ("rope", "1d"),
         ("image_mode", "square"),
+        ("text_height", 0),
+        ("text_height", float("inf")),
+        ("text_height", True),
         ("masked", 1),
         ("text", "no"),
     ],
@@ -44,3 +47,12 @@ def test_learning_rate_falls_with_width():
 def test_settings_import_no_torch():
     code = "import sys, llava_patch.measurements.rprobe.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_height_of_text_that_nothing_would_use_is_refused():
+    for mode in ("resize", "crop", "pad", "anyres"):
+        with pytest.raises(
+            SettingError, match=rf'RProbe.text_height = 2: expected image_mode = "window".*not "{mode}"'
+        ):
+            RProbe(image_mode=mode, text_height=2)
+    assert RProbe(image_mode="window", text_height=2).text_height == 2

@@ -82,8 +82,9 @@ class FrozenData:
 
     `samples` are where they came from (pages are drawn anew when they are asked for), `labels` each one's (id,
     document, text), `places` its (shard, row in it). `skipped` has a message for each sample that was left out,
-    `texts_cut` counts those whose text was cut to `max_text_tokens`, and `notes` tell the user of both. `key` is a
-    digest of all that the batches depend on. The store, None in memory, stays in use as long as this lives.
+    `texts_cut` counts those whose text was cut to `max_text_tokens`, `regions_cut` those whose window holds only the
+    beginning of their region, and `notes` tell the user of all three. `key` is a digest of all that the
+    batches depend on. The store, None in memory, stays in use as long as this lives.
     """
 
     samples: Sequence[Sample]
@@ -93,6 +94,7 @@ class FrozenData:
     text: Text
     skipped: list[str] = field(default_factory=list)
     texts_cut: int = 0
+    regions_cut: int = 0
     notes: list[str] = field(default_factory=list)
     key: str = ""
     store: Store | None = None
@@ -241,7 +243,7 @@ def freeze_samples(
     anatomy, transform, tokenizer = encoder
     own_precision = torch.autocast(next(anatomy.embed_tokens.parameters()).device.type, enabled=False)
     with parallel.guard(), torch.inference_mode(False), evaluating(anatomy.model), own_precision, ExitStack() as failed:
-        plan = images_of(samples, settings)
+        plan = images_of(samples, settings, transform)
         known = plan.records or []
         # Before the long part, where texts are known before images are drawn.
         texts = _Texts(known, [samples[record.index].place for record in known], tokenizer, settings)
@@ -286,6 +288,12 @@ def freeze_samples(
                 f"R-Probe cuts the texts of {texts_cut} of {len(kept)} {label} to RProbe.max_text_tokens = "
                 f"{settings.max_text_tokens} tokens: their regions are rebuilt without the rest of it"
             )
+        if regions_cut := sum(shards[s].is_cut(row) for s, row in (stored[i] for i in kept)):
+            notes.append(
+                f"R-Probe shows only the beginning of the regions of {regions_cut} of {len(kept)} {label}: they are "
+                f"larger than the window in which their text is RProbe.text_height = {settings.text_height:g} tokens "
+                "high; their texts are given whole"
+            )
         data = FrozenData(
             samples=Chosen(samples, kept) if skipped else samples,
             labels=[(records[i].id, records[i].document, records[i].text) for i in kept],
@@ -294,6 +302,7 @@ def freeze_samples(
             text=_embedded(anatomy, [texts.ids[i] for i in kept]),
             skipped=skipped,
             texts_cut=texts_cut,
+            regions_cut=regions_cut,
             notes=notes,
             key=digest([described, [(i, texts.ids[i]) for i in kept]]),
             store=store,

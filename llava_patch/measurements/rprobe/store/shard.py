@@ -60,7 +60,8 @@ class Shard:
     [images], tokens of each; `grids` int64 [images, 3], (rows, columns, cell); `text_start` int64 [images]. Of the
     samples, in the order of `records`: `sample_image` int64 [samples]; `target` int32 [targets of all samples], numbers
     of tokens inside their image, and under them `pixels` float32 [targets, pixels]; `target_counts` int64 [samples];
-    `boxes` float64 [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples].
+    `boxes` float64 [boxes, 4], all text regions on the processed image; `box_counts` int64 [samples]; with windows
+    `cut` uint8 [samples], 1 where only the beginning of the region lies inside.
     """
 
     tensors: dict[str, Tensor]
@@ -91,6 +92,10 @@ class Shard:
         """How cells tile the processed image of a sample."""
         return TokenGrid(*self.tensors["grids"][int(self.tensors["sample_image"][sample])].tolist())
 
+    def is_cut(self, sample: int) -> bool:
+        """Whether only the beginning of a sample's region lies in its window."""
+        return "cut" in self.tensors and bool(self.tensors["cut"][sample])
+
     @property
     def bytes(self) -> int:
         """Size of its tensors."""
@@ -102,8 +107,8 @@ def encode(
 ) -> Shard:
     """Send some images through the vision tower in one go, and cut the pixels under the targets of their samples.
 
-    `images` has the samples (their numbers) of each image; masked samples have each an image of their own. With
-    `broken="stop"` a sample that cannot be used is an InputError that names it.
+    `images` has the samples (their numbers) of each image, or of each window; masked samples have each an image of
+    their own. With `broken="stop"` a sample that cannot be used is an InputError that names it.
     """
     records: list[Record] = []
     skipped: list[tuple[int, str]] = []
@@ -119,21 +124,23 @@ def encode(
         for number in numbers:
             try:
                 sample = samples[number]
+                if (window := transform.window_of(sample)) is not None:
+                    sample = window.cut(sample)
                 picture = sample.open_image() if picture is None else picture
                 boxes = [transform.box(box, picture.size, sample.place) for box in sample.boxes]
                 if not boxes:
                     raise InputError(f"{sample.place}: the sample has no box")
-                members.append((number, sample, boxes))
+                members.append((number, sample, boxes, window))
             except InputError as error:
                 skip(number, error)
         if picture is not None and members:
             usable.append((picture, members))
     seen = [black_out(page, of[0][1].boxes) if settings.masked else page for page, of in usable]
     views = encode_views(anatomy, transform, seen) if seen else []
-    owner, targets, pixels, regions = [], [], [], []
+    owner, targets, pixels, regions, cut = [], [], [], [], []
     for image, ((page, of), view) in enumerate(zip(usable, views, strict=True)):
         patches = patchify(transform.plane(page)[None], view.grid)[0]
-        for number, sample, boxes in of:
+        for number, sample, boxes, window in of:
             try:
                 target = target_tokens(view, boxes, sample.place).nonzero()[:, 0]
             except InputError as error:
@@ -148,7 +155,11 @@ def encode(
             targets.append(target.to(torch.int32))
             pixels.append(patches[view.cells[target]])  # of the unmasked image, whatever the tower saw
             regions.append(torch.tensor(boxes, dtype=torch.float64))
-    return Shard(_tensors(views, owner, targets, pixels, regions), records, skipped)
+            cut += [] if window is None else [not window.whole]
+    tensors = _tensors(views, owner, targets, pixels, regions)
+    if len(cut) == len(records) > 0:
+        tensors["cut"] = torch.tensor(cut, dtype=torch.uint8)
+    return Shard(tensors, records, skipped)
 
 
 def _tensors(

@@ -233,3 +233,10 @@ def test_a_processor_that_pads_is_marked_as_it_pads(host):
 def test_a_record_of_the_docs_can_be_read():
     record = json.loads('{"image": "a.jpg", "rprobe": {"box": [12, 30, 220, 48], "text": "TOTAL 12.50"}}')
     assert parse(record["rprobe"], 1, "here").boxes == ((12.0, 30.0, 220.0, 48.0),)
+
+
+def test_a_collator_is_not_asked_for_parts_of_a_page(host):
+    handle = patch(host.model, probe=AuxiliaryProbe())
+    for mode in ("window", "anyres", "square"):
+        with pytest.raises(SettingError, match=f"RegionCollator: mode = '{mode}': expected one of crop, pad, resize"):
+            RegionCollator(_collate, handle, processor(), Words(), mode=mode)

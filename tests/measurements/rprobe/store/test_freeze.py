@@ -259,3 +259,83 @@ def test_wrong_tokenizer_and_broken_features_are_noticed(model):
 
 def test_tiny_tower_is_what_these_tests_think(model):
     assert find(model).grid == (SIDE // 14, SIDE // 14)
+
+
+WIDE, SHORT = (30.0, 100.0, 70.0, 112.0), (30.0, 100.0, 50.0, 112.0)  # their windows are 32 pixels wide
+WINDOW = (24, 90, 56, 122)  # of the second
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["resize", "pad"])
+def test_a_sample_of_a_window_is_frozen_as_one_that_was_cut_by_hand(model, mode, masked):
+    page, other = unique_page(200, 300), (0.0, 80.0, 40.0, 95.0)
+    lines = [Sample(page, "a", (SHORT,), (SHORT, other, (150.0, 0.0, 190.0, 20.0)), id="0")]
+    by_hand = Sample(page.crop(WINDOW), "a", ((6.0, 10.0, 26.0, 22.0),), ((6, 10, 26, 22), (0, 0, 16, 5)), id="0")
+    got = freeze(model, lines, "window", masked=masked)
+    expected = freeze(model, [by_hand], mode, masked=masked)
+    for name in ("tokens", "pixels", "target", "cells", "boxes", "positions"):
+        assert torch.equal(got.shards[0].rows(name, 0), expected.shards[0].rows(name, 0)), name
+    assert torch.equal(got.inside(torch.tensor([0])), expected.inside(torch.tensor([0])))
+    assert got.regions_cut == 0 and got.key != expected.key
+    if masked:
+        full = freeze(model, lines, "window")
+        assert torch.equal(targets_of(full), targets_of(got)) and not torch.equal(tokens_of(full), tokens_of(got))
+
+
+def test_lines_share_tokens_only_where_their_windows_are_equal(model):
+    page = unique_page(200, 300)
+    boxes = [SHORT, (30.0, 150.0, 50.0, 162.0), (32.0, 100.0, 48.0, 112.0), SHORT]
+    lines = [Sample(page, "a", (box,), id=str(i)) for i, box in enumerate(boxes)]
+    data = freeze(model, lines, "window")
+    assert images(data) == 2 and images(freeze(model, lines, "pad")) == 1
+    assert [int(data.shards[0].tensors["sample_image"][row]) for _, row in data.places] == [0, 1, 0, 0]
+    for i in range(4):
+        alone = freeze(model, lines[i : i + 1], "window")
+        assert torch.equal(tokens_of(data)[i], tokens_of(alone)[0])
+        assert torch.equal(targets_of(alone), data.batch(torch.tensor([i])).pixels)
+
+
+def test_a_store_of_windows_is_found_again_and_by_its_height_alone(model, monkeypatch):
+    from llava_patch.measurements.rprobe.store import freeze as module
+
+    encoded = []
+    encode = module.encode
+    monkeypatch.setattr(module, "encode", lambda *args: encoded.append(args) or encode(*args))
+    lines = [Sample(unique_page(200, 300), "a", (SHORT,), id="own store")]
+    anatomy = find(model)
+
+    def times(height):
+        before = len(encoded)
+        transform = make_transform(anatomy, processor(), "window", height)
+        freeze_samples(Encoder(anatomy, transform, Characters()), lines, RProbe())
+        return len(encoded) - before
+
+    assert [times(height) for height in (1.25, 1.25, 1.3, 1.25)] == [1, 0, 1, 0]
+
+
+def test_regions_of_which_only_the_beginning_is_shown_are_counted_and_told(model):
+    page = unique_page(200, 300)
+    lines = [Sample(page, "a", (box,), id=str(i)) for i, box in enumerate((WIDE, SHORT))]
+    for _ in range(2):  # and again from the store
+        with pytest.warns(
+            UserWarning, match="only the beginning of the regions of 1 of 2 samples: .*text_height = 1.5"
+        ):
+            data = freeze(model, lines, "window")
+        assert data.regions_cut == 1
+    beginning = Sample(page.crop((30, 90, 62, 122)), "a", ((0.0, 10.0, 32.0, 22.0),), id="0")
+    expected = freeze(model, [beginning], "pad")
+    assert torch.equal(data.batch(torch.tensor([0])).pixels, targets_of(expected))
+    assert torch.equal(tokens_of(data)[0], tokens_of(expected)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert freeze(model, lines, "pad").regions_cut == 0
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD)
+def test_bad_samples_of_windows_are_left_out_too(model, fields, message):
+    first, last = samples(2)
+    with pytest.warns(UserWarning, match=f"leaves out 1 of 3 samples; the first: {message}"):
+        data = freeze(model, [first, bad(fields), last], "window", broken="skip")
+    assert [label[0] for label in data.labels] == [first.id, last.id]
+    with pytest.raises(InputError, match=f"{message}.*; RProbe.broken = .skip. leaves out"):
+        freeze(model, [first, bad(fields)], "window")

@@ -216,3 +216,33 @@ def test_what_weights_do_not_tell_of_changes_the_key(before):
     assert key_of(model, samples(3)) != before
     hook.remove()
     assert key_of(model, samples(3)) == before
+
+
+def test_windows_are_part_of_the_key():
+    box, page = (30.0, 100.0, 50.0, 112.0), unique_page(200, 300)
+
+    def key(mode, height=1.5):
+        data, settings = [Sample(page, "x", (box,), id="a")], RProbe()
+        transform = make_transform(find(tiny_model()), processor(), mode, height)
+        plan = images_of(data, settings, transform)
+        return digest(plan.key), digest(store_key(find(tiny_model()), transform, plan.key, settings))
+
+    assert key("window") == key("window")
+    for one, two in zip(key("window"), key("window", 1.4), strict=True):  # of the data, and of all
+        assert one != two
+    assert key("pad") == key("pad", 1.4)  # no other mode has a height
+    assert key("pad")[0] == digest(images_of([Sample(page, "x", (box,), id="a")], RProbe()).key)
+
+
+def test_a_decoder_trained_before_there_were_windows_is_known_again():
+    from llava_patch.measurements.rprobe.keys import make_key
+    from llava_patch.probe.decoder import ProbeDecoder
+    from llava_patch.probe.sequence import TokenGrid
+
+    decoder = ProbeDecoder(find(tiny_model()), TokenGrid(4, 4, 14))
+
+    def key(**settings):
+        return make_key(decoder, "", torch.zeros(0), RProbe(**settings), 1.0)
+
+    assert "RProbe.text_height" not in key()
+    assert key(image_mode="window", text_height=2)["RProbe.text_height"] == 2
