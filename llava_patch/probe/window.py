@@ -52,11 +52,6 @@ class Window:
         y0, y1 = (min(max(y, top), bottom) - top for y in (box[1], box[3]))
         return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
-    def holds(self, boxes: Sequence[Box]) -> bool:
-        """Whether boxes of the page lie wholly inside."""
-        left, top, right, bottom = self.box
-        return all(left <= x0 and top <= y0 and x1 <= right and y1 <= bottom for x0, y0, x1, y1 in boxes)
-
     def cut(self, sample: Sample) -> Sample:
         """A sample of the page as one of the window alone: its picture is cut out, and all boxes are moved."""
         texts = [*sample.all_texts, *[""] * (len(sample.all_boxes) - len(sample.all_texts))]

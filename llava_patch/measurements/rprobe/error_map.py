@@ -103,7 +103,7 @@ def _map(
     samples = [s for s in samples if s.image is first or (not hasattr(first, "size") and s.image == first)]
     if isinstance(transform, WindowTransform):
         window = transform.window_of(samples[0])
-        samples = [window.cut(s) for s in samples if s is samples[0] or window.holds(s.boxes)]
+        samples = [seen for seen in map(window.cut, samples) if seen.boxes]
         transform = transform.still  # each piece is shown in this window, not in one of its own
         encoder = encoder._replace(transform=transform)
     plane = Plane.of(transform, samples[0].open_image(), data.grid.pixels)
