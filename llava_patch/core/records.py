@@ -166,13 +166,15 @@ def check_weights(record: Mapping[str, Any], path: Path) -> None:
 
 
 def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any], weights: Path | None = None) -> None:
-    """Write a checkpoint folder's settings file: `record`, which version wrote it, and checksums.
+    """Write a checkpoint folder's settings file: `record`, the way to its base, which version wrote it, checksums.
 
     `weights` is the file of weights that it goes with, as it is on the disk.
     """
     from llava_patch.core.files import write_text  # the hook reads records where nothing else of ours is loaded
 
     whole = {**record, VERSION: __version__}
+    if whole.get("base"):
+        whole |= named_base(str(whole["base"]), directory)
     if weights is not None:
         whole[WEIGHTS_CHECKSUM] = checksum(weights)
     whole[CHECKSUM] = seal(whole)

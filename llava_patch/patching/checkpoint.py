@@ -31,7 +31,6 @@ from llava_patch.core.records import (
     WEIGHTS_FILE,
     base_of,
     check_weights,
-    named_base,
     read_settings,
     write_settings,
 )
@@ -118,7 +117,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     _check_folder(folder, form)
     tensors = adapter_tensors(handle)
     _check_tensors(handle, tensors)
-    record |= named_base(base, folder)
+    record["base"] = base
     record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
     if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
         return folder  # every rank gathers, the first one writes
