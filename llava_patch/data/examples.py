@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import InputError, SettingError, shown
 
 if TYPE_CHECKING:
     from PIL import Image

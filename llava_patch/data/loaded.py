@@ -12,7 +12,7 @@ import torch
 
 from llava_patch.core import memory, parallel, records
 from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, MissingExtraError, SettingError, brief
-from llava_patch.core.finite import DAMAGED, first_not_finite
+from llava_patch.core.finite import DIVERGED, first_not_finite
 from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import check_headers, lacks_config, locate, read_json
 from llava_patch.data.inputs import Inputs
@@ -87,7 +87,7 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
                 f"inspect {checkpoint}, or copy or download its files again"
             ) from error
     if (broken := first_not_finite(named_weights(find(found.model)))) is not None:
-        raise CheckpointError(f"{checkpoint}: {broken} holds NaN or infinity: {DAMAGED}")
+        raise CheckpointError(f"{checkpoint}: {broken} holds NaN or infinity: {DIVERGED}")
     found.model.eval()
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core import stored
-from llava_patch.core.errors import RunError, SettingError
+from llava_patch.core.errors import RunError, SettingError, shown
 from llava_patch.core.files import storage_errors, write_json
 from llava_patch.measurements.base import decode
 from llava_patch.settings import gin_config as config
@@ -101,7 +101,7 @@ def _number(value: Any, where: str) -> float:
             return float(value)
     except OverflowError:  # an integer of hundreds of digits
         pass
-    raise RunError(f"{where} = {stored.shown(value)}: expected a number{_LEFT}")
+    raise RunError(f"{where} = {shown(value)}: expected a number{_LEFT}")
 
 
 def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, float]:
@@ -255,7 +255,7 @@ def _difference(key: str, found: Any, expected: Any) -> str:
     if meaning(found) == meaning(expected):
         return ""
     if not isinstance(found, list) or not isinstance(expected, list):
-        return f"another {key}: {stored.shown(found)} there, {stored.shown(expected)} now"
+        return f"another {key}: {shown(found)} there, {shown(expected)} now"
     words = [" ".join(str(item) for item in one if item not in other) for one, other in
              ((found, expected), (expected, found))]  # fmt: skip
     if not any(words):
