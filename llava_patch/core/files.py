@@ -22,6 +22,8 @@ _REFUSED = {
     errno.EROFS: "it is read-only", errno.EACCES: "you may not write there", errno.EPERM: "you may not write there",
     errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "a part of the path is a file",
     errno.EISDIR: "it is a folder", errno.EIO: "the disk fails",
+    errno.EXDEV: "a part of it lies on another disk", errno.EBUSY: "another process uses it",
+    errno.ENOTEMPTY: "another process has written there",
     errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "its links go round in a circle",
 }  # fmt: skip
 _FREE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,7 +67,9 @@ def _is_about(error: BaseException, path: Path) -> bool:
     if not isinstance(named, (str, os.PathLike)) or getattr(error, "errno", None) in _FREE:
         return True
     one, other = Path(named).absolute(), path.absolute()
-    return one.is_relative_to(other.parent) or other.is_relative_to(one)
+    first = one.relative_to(other.parent).parts[:1] if one.is_relative_to(other.parent) else ()
+    own = any(name == other.name or name.startswith(f".{other.stem[:100]}-") for name in first)
+    return own or one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def free(folder: Path) -> str:
@@ -85,10 +89,11 @@ def _present(folder: Path) -> Path:
 def check_space(path: Path, size: float, what: str = "") -> None:
     """Refuse, before anything is written, what the disk under a file or folder has no room for; `size` in bytes."""
     try:
-        left = shutil.disk_usage(_present(path)).free
+        usage = shutil.disk_usage(_present(path))
+        left = usage.free
     except OSError:  # the write itself will tell
         return
-    if size > left:
+    if size > left and usage.total:  # some network disks tell nothing
         raise StorageError(
             f"{path}: {what or 'what is to be written'} takes {size / 1e9:.2f} GB, and the disk has {left / 1e9:.2f} "
             "GB left: free some or name another folder"
@@ -102,6 +107,11 @@ def atomic(path: Path, folder: bool = False, size: float = 0) -> Iterator[Path]:
     With `folder` it is a new folder, and `path` must be missing or an empty one. What is written is on the disk before
     it takes the place. StorageError: the disk or folder does not take it, or has less room than `size` bytes.
     """
+    if folder and stays(path):
+        with staged(path, {}) as new:
+            yield new
+        return
+    path = _real(path) if folder else path
     with storage_errors(path):
         if folder and path.exists() and not path.is_dir():
             raise StorageError(f"{path}: a file is in the way of this folder: name another one")
@@ -134,7 +144,19 @@ def beside(path: Path) -> Path:
 def left_beside(path: Path) -> list[Path]:
     """What is still there under names that `beside` gave for a path: of runs that were killed, or that write now."""
     name = re.compile(rf"\.{re.escape(path.stem[:100])}-[0-9a-f]{{32}}{re.escape(path.suffix)}")
-    return [other for other in path.parent.iterdir() if name.fullmatch(other.name)]
+    folders = [path.parent, *([path] if path.is_dir() else [])]
+    return [other for folder in folders for other in folder.iterdir() if name.fullmatch(other.name)]
+
+
+def stays(folder: Path) -> bool:
+    """Whether a folder cannot be replaced as a whole: it is where another disk is mounted, or only it takes files."""
+    place = os.path.realpath(folder)
+    return os.path.isdir(place) and (os.path.ismount(place) or not os.access(os.path.dirname(place), os.W_OK | os.X_OK))
+
+
+def _real(folder: Path) -> Path:
+    """A folder without links, beside which there is its own disk; one whose links go round stays as it is."""
+    return Path(os.path.realpath(folder)) if folder.exists() or not folder.is_symlink() else folder
 
 
 def _sync(path: Path) -> None:
@@ -149,19 +171,20 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder beside `folder` whose files take their places in it when the block ends well.
+    """A new folder beside `folder` (in it, where it `stays`) whose files take their places in it at a good end.
 
     A `folder` that was not there appears at once. In one that was, files of the same names are replaced and others
     stay, but for those of some patterns (`replaced`). Those that make it what it is (`last`) come after all others;
     until then, from before the first one is replaced, they hold a text that says so (None: are not there), so that what
     a process leaves that is killed in between cannot be taken for either. StorageError as of `atomic`.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not stays(folder) and (not folder.is_dir() or not any(folder.iterdir())):
         with atomic(folder, folder=True) as new:
             yield new
         return
+    folder = _real(folder)
     with storage_errors(folder):
-        new = beside(folder)
+        new = folder / beside(folder).name if stays(folder) else beside(folder)
         try:
             new.mkdir()
             yield new

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Named = Iterable[tuple[str, Tensor]]
-DAMAGED = "the training diverged or the file is damaged: take an earlier checkpoint, or download it again"
+DIVERGED = "the training diverged or the file is damaged: take an earlier checkpoint, or download it again"
 
 
 def first_not_finite(tensors: Named) -> str | None:
@@ -32,7 +32,7 @@ def why_not_finite(what: str, dtype: torch.dtype, weights: Named) -> str:
     """
     said = f"{what} are not finite in {str(dtype).removeprefix('torch.')}"
     if (broken := first_not_finite(weights)) is not None:
-        return f"{said}: the weights are not either ({broken} holds NaN or infinity): {DAMAGED}"
+        return f"{said}: the weights are not either ({broken} holds NaN or infinity): {DIVERGED}"
     if dtype == torch.float16:
         return f"{said}, whose range ends at 65,504: load the model with --dtype bfloat16 or float32"
     if dtype == torch.bfloat16:

@@ -38,9 +38,9 @@ def output_lock(folder: Path, advice: str = "give another --output") -> Iterator
 
     Who was killed while he wrote it leaves that file, and hidden folders, which are taken away here.
     """
-    place = folder.resolve()
-    path = place.with_name(f".{place.name}{LOCK_FILE}")
-    killed = path.exists()
+    place = Path(os.path.realpath(folder))
+    path = place / LOCK_FILE if files.stays(place) else place.with_name(f".{place.name}{LOCK_FILE}")
+    killed = os.path.lexists(path)
     with _file_lock(path, folder, advice):
         for left in files.left_beside(place) if killed else ():
             shutil.rmtree(left, ignore_errors=True)

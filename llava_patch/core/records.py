@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_patch.core.errors import CheckpointError, shown
 from llava_patch.core.registry import KINDS, TRAINING_ONLY
-from llava_patch.core.stored import checksum, first_unknown, numbers, read_object
+from llava_patch.core.stored import checksum, first_unknown, numbers, read_object, sampled_checksum
 from llava_patch.core.undo import holding
 from llava_patch.core.version import __version__
 
@@ -123,7 +123,7 @@ def check_record(record: Any, source: str) -> None:
         if not record.get("base"):
             raise CheckpointError(f"{source}: base is missing, the model that the adapter lies on: write it there")
         _check_fingerprint(record.get("fingerprint"), source)
-    if VERSION in record and "form" in record and record.get(CHECKSUM) != seal(record):
+    if {VERSION, CHECKSUM, WEIGHTS_CHECKSUM} & set(record) and record.get(CHECKSUM) != seal(record):
         raise CheckpointError(
             f"{source}: its settings were changed after they were written (only base may be), or half of it is of "
             "another save: take it from the copy that it came from, or save again"
@@ -154,27 +154,43 @@ def _check_agrees(record: Mapping[str, Any], path: Path) -> None:
 
 
 def check_weights(record: Mapping[str, Any], path: Path) -> None:
-    """Refuse a file of weights that is not the one that a record was written with (CheckpointError)."""
-    if record.get(WEIGHTS_CHECKSUM) not in (None, checksum(path)):
+    """Refuse weights that are not those that a record was written with (CheckpointError).
+
+    `path` is the file that an adapter's record goes with, or the folder of a whole model.
+    """
+    expected = record.get(WEIGHTS_CHECKSUM)
+    if expected is not None and expected != weights_checksum(path):
+        folder = path if path.is_dir() else path.parent
         raise CheckpointError(
-            f"{path}: not the weights that {SETTINGS_FILE} beside it was written with: they are of another save, or a "
+            f"{path}: not the weights that {folder / SETTINGS_FILE} was written with: they are of another save, or a "
             "copy was not complete; copy the folder again, or save again"
         )
+
+
+def weights_checksum(path: Path) -> str:
+    """The checksum of a file of weights, all of it; of a folder's model*.safetensors, a few places of each tensor."""
+    if not path.is_dir():
+        return checksum(path)
+    from llava_patch.core.files import digest
+
+    return digest({file.name: sampled_checksum(file) for file in sorted(path.glob("model*.safetensors"))})
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_settings(directory: str | os.PathLike[str], record: Mapping[str, Any], weights: Path | None = None) -> None:
-    """Write a checkpoint folder's settings file: `record`, which version wrote it, and checksums.
+    """Write a checkpoint folder's settings file: `record`, the way to its base, which version wrote it, checksums.
 
-    `weights` is the file of weights that it goes with, as it is on the disk.
+    `weights` is the file of weights that it goes with, or the folder of a whole model's, as they are on the disk.
     """
     from llava_patch.core.files import write_text  # the hook reads records where nothing else of ours is loaded
 
     whole = {**record, VERSION: __version__}
+    if whole.get("base"):
+        whole |= named_base(str(whole["base"]), directory)
     if weights is not None:
-        whole[WEIGHTS_CHECKSUM] = checksum(weights)
+        whole[WEIGHTS_CHECKSUM] = weights_checksum(weights)
     whole[CHECKSUM] = seal(whole)
     write_text(Path(directory) / SETTINGS_FILE, json.dumps(whole, indent=2) + "\n")
 

@@ -3,9 +3,10 @@
 Imports neither torch nor safetensors before a file of tensors is opened: the start-up hook reads settings files.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 UNREADABLE = (OSError, ValueError, RecursionError)
 """What reading text, JSON or tensors of a damaged file raises in Python's own code."""
 _BLOCK = 1 << 22
+_HEADER = 100_000_000  # bytes that safetensors allows
+_PLACES, _PLACE = 16, 64  # places of a tensor that are sampled, and bytes of each
 Error = type[LlavaPatchError]
 
 
@@ -79,28 +82,26 @@ def read_tensors_and_metadata(
     path: Path, error: Error = CheckpointError, advice: str = ""
 ) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """The same with what the file says beside them."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as stream:
-            names = list(stream.keys())
-            return {name: stream.get_tensor(name) for name in names}, stream.metadata() or {}
-    except FileNotFoundError as reason:
-        raise error(f"{path}: is missing{advice}") from reason
-    except (*UNREADABLE, SafetensorError, RuntimeError, KeyError, AttributeError) as reason:
-        raise error(f"{path}: cannot be read as a whole safetensors file ({brief(reason)}){advice}") from reason
+    with _opened(path, error, advice) as stream:
+        return {name: stream.get_tensor(name) for name in list(stream.keys())}, stream.metadata() or {}
 
 
 def read_shapes(
     path: Path, error: Error = CheckpointError, advice: str = ""
 ) -> "tuple[dict[str, tuple[int, ...]], dict[str, str]]":
     """The shapes of a safetensors file's tensors by name, and what it says beside them; no value is read."""
+    with _opened(path, error, advice) as stream:
+        names = list(stream.keys())
+        return {name: tuple(stream.get_slice(name).get_shape()) for name in names}, stream.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path, error: Error, advice: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as stream:
-            names = list(stream.keys())
-            return {name: tuple(stream.get_slice(name).get_shape()) for name in names}, stream.metadata() or {}
+            yield stream
     except FileNotFoundError as reason:
         raise error(f"{path}: is missing{advice}") from reason
     except (*UNREADABLE, SafetensorError, RuntimeError, KeyError, AttributeError) as reason:
@@ -115,7 +116,8 @@ def check_values(tensors: "Mapping[str, Tensor]", where: Any, error: Error = Che
                 f"{where}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating-point weights: the "
                 "file was changed after it was written; save again"
             )
-        if not bool(tensor.isfinite().all()):
+        values = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit floats do not know
+        if not bool(values.isfinite().all()):
             raise error(
                 f"{where}: {name} holds values that are not finite (NaN or infinity): the training diverged; go back "
                 "to an earlier checkpoint"
@@ -134,6 +136,28 @@ def checksum(path: Path) -> str:
     return found.hexdigest()
 
 
+def sampled_checksum(path: Path) -> str:
+    """Hexadecimal digest of a safetensors file's header and of a few places in each tensor; CheckpointError as above.
+
+    Training changes nearly all values of a tensor, so that files of two saves differ; 13 B parameters take a second.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(size, _HEADER))
+            found.update(header)
+            entries = [entry for name, entry in sorted(json.loads(header).items()) if name != "__metadata__"]
+            for begin, end in (entry["data_offsets"] for entry in entries):
+                last = max(end - begin - _PLACE, 0)
+                for place in sorted({last * number // (_PLACES - 1) for number in range(_PLACES)}):
+                    stream.seek(8 + size + begin + place)
+                    found.update(stream.read(min(_PLACE, end - begin)))
+    except (*UNREADABLE, LookupError, TypeError, AttributeError) as reason:
+        raise CheckpointError(f"{path}: cannot be read as a whole safetensors file ({brief(reason)})") from reason
+    return found.hexdigest()
+
+
 def strings(values: Any) -> bool:
     """Whether a value that was read is a list of text."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
@@ -144,9 +168,14 @@ def numbers(values: Any) -> bool:
     return isinstance(values, list) and all(is_finite(value) for value in values)
 
 
+def is_a_number(value: Any) -> bool:
+    """Whether a value is a number, infinite or not a number as it may be; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite number that a float can hold; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_a_number(value):
         return False
     try:
         return abs(float(value)) < float("inf")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_patch.core import stored
-from llava_patch.core.errors import CheckpointError, StorageError, brief
+from llava_patch.core.errors import CheckpointError, StorageError, brief, shown
 from llava_patch.core.files import track
 
 Load = Callable[[], Tensor]
@@ -187,7 +187,7 @@ def _shards(index: dict[str, Any], where: str) -> list[str]:
     places = stored.field(index, "weight_map", dict, where)
     for tensor, name in places.items():
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            wrong = f"weight_map has {tensor} in {stored.shown(name)}: expected the name of a file beside it"
+            wrong = f"weight_map has {tensor} in {shown(name)}: expected the name of a file beside it"
             raise CheckpointError(f"{where}: {wrong}{MEND}")
     if not places:
         raise CheckpointError(f"{where}: weight_map names no tensor{MEND}")
@@ -335,9 +335,7 @@ def check_output(out: Path, sources: Iterable[str]) -> None:
             out.stat()
         nearest = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, too long a name, one with a null byte
-        raise CheckpointError(
-            f"{stored.shown(str(out))} is no place for a folder ({brief(error)}): name another"
-        ) from error
+        raise CheckpointError(f"{shown(str(out))} is no place for a folder ({brief(error)}): name another") from error
     for source in sources:
         if not os.path.isdir(source):
             continue

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import InputError, SettingError, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,9 +102,9 @@ def check_data(data: str) -> None:
 
 def _skips(data: str) -> bool:
     """Whether a source leaves out what cannot be used."""
-    from llava_patch.data.readers.read import parse_source
+    from llava_patch.data.readers.read import skips
 
-    return bool(data) and not os.path.exists(data) and parse_source(data).broken == "skip"
+    return bool(data) and not os.path.exists(data) and skips(data, "")
 
 
 def _usable(found: list[Example], chosen: list[int], skipped: list[str]) -> list[Example]:

@@ -84,6 +84,10 @@ class Inputs:
         config = self.anatomy.model.config
         config = getattr(config, "text_config", None) or config
         limit = getattr(config, "max_position_embeddings", None)
+        scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+        factor = scaling.get("factor") if isinstance(scaling, dict) else None
+        if limit and isinstance(factor, (int, float)):  # of a context that was lengthened
+            limit = int(limit * max(factor, 1))
         if limit and ids.shape[1] > limit:
             raise InputError(
                 f"the prompt has {ids.shape[1]:,} tokens, and the language model has {limit:,} positions "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from llava_patch.core import memory, parallel, records
-from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, SettingError, brief
-from llava_patch.core.finite import DAMAGED, first_not_finite
+from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, MissingExtraError, SettingError, brief
+from llava_patch.core.finite import DIVERGED, first_not_finite
 from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import check_headers, lacks_config, locate, read_json
 from llava_patch.data.inputs import Inputs
@@ -77,15 +77,17 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
             found = load(files, base, place, number)
         except LlavaPatchError:
             raise
+        except ImportError as error:
+            raise MissingExtraError(f"{checkpoint} cannot be loaded: a package is missing ({brief(error)})") from error
         except Exception as error:  # damaged files raise whatever the host's code meets first
-            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            if isinstance(error, MemoryError) or "memory" in str(error).lower() or "CUDA" in str(error):
                 raise
             raise CheckpointError(
                 f"{checkpoint} cannot be loaded ({type(error).__name__}: {brief(error)}): look at it with llava-patch "
                 f"inspect {checkpoint}, or copy or download its files again"
             ) from error
     if (broken := first_not_finite(named_weights(find(found.model)))) is not None:
-        raise CheckpointError(f"{checkpoint}: {broken} holds NaN or infinity: {DAMAGED}")
+        raise CheckpointError(f"{checkpoint}: {broken} holds NaN or infinity: {DIVERGED}")
     found.model.eval()
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava_patch.core import stored
-from llava_patch.core.errors import CheckpointError, HostError, brief
+from llava_patch.core.errors import CheckpointError, HostError, brief, shown
 from llava_patch.core.records import ADAPTER, CONFIG_KEY, carried, find_base, read_settings
 from llava_patch.core.weights import MEND, lacks_config, read_json
 from llava_patch.hosts.anatomy import HOSTS, LLAVA
@@ -95,7 +95,7 @@ def check_fields(values: Mapping[str, Any], where: str, kinds: Mapping[str, type
                 check_fields(value, f"{where}: {name}", {})
     for name in _COUNTS:
         if values.get(name) is not None and stored.field(values, name, int, where) < 1:
-            raise CheckpointError(f"{where}: {name} = {stored.shown(values[name])}: expected a positive integer{MEND}")
+            raise CheckpointError(f"{where}: {name} = {shown(values[name])}: expected a positive integer{MEND}")
     if "mm_vision_tower" in kinds and not values.get("mm_vision_tower"):
         wrong = (
             f"mm_vision_tower = {values.get('mm_vision_tower')!r}: expected the folder or hub name of a vision tower"

@@ -80,6 +80,8 @@ def load(call: Loading) -> Any:
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
+    if record is not None:
+        records.check_weights(record, Path(call.path))
     given = call.kwargs.get("device_map")
     places = {"device_map": dict(given)} if isinstance(given, dict) else {}
     with _construction(call.cls, functools.partial(_patch_new, **places)), _unquantised():

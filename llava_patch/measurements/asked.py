@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, shown
 from llava_patch.core.files import plain
-from llava_patch.core.stored import read_object, shown
+from llava_patch.core.stored import read_object
 from llava_patch.measurements.base import Measurement
 
 ASKED, DATA = "asked", "data"

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
 from llava_patch.core import plotting, registry
-from llava_patch.core.errors import InputError, LlavaPatchError, SettingError, brief
+from llava_patch.core.errors import InputError, LlavaPatchError, SettingError, brief, shown
 from llava_patch.core.extras import optional
 from llava_patch.core.files import plain, write_json
-from llava_patch.core.stored import is_finite, read_object, shown
+from llava_patch.core.stored import is_finite, read_object
 from llava_patch.data.target import Target
 from llava_patch.settings.active import settings_of
 

@@ -60,7 +60,7 @@ def save_adapter(
         for own in (Path(folder) / ("" if name == "default" else name) for name in adapters):
             own.mkdir(parents=True, exist_ok=True)
             write(own, tensors)
-            records.write_settings(own, {**record, **records.named_base(record["base"], own)}, weights=own / FILE)
+            records.write_settings(own, record, weights=own / FILE)
     return save()
 
 
@@ -75,7 +75,7 @@ def settings_of(handle: Handle, model: Any) -> dict[str, Any]:
     if not (lora.has_lora(handle.model) or hasattr(model, "get_base_model")) or handle.anatomy.tower_apart:
         return {**handle.settings(), "form": "full"}
     base = str(getattr(handle.model.config, "_name_or_path", "") or "")
-    return {**handle.settings(), "form": records.LORA, "base": os.path.abspath(base) if os.path.isdir(base) else base}
+    return {**handle.settings(), "form": records.LORA, "base": base}
 
 
 def patch_as(model: Any, folder: str, record: Mapping[str, Any]) -> Handle:

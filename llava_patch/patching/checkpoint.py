@@ -31,7 +31,6 @@ from llava_patch.core.records import (
     WEIGHTS_FILE,
     base_of,
     check_weights,
-    named_base,
     read_settings,
     write_settings,
 )
@@ -42,7 +41,7 @@ from llava_patch.hosts.anatomy import when_loaded
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
 from llava_patch.patching.patch import patch
-from llava_patch.patching.vocabulary import resize_for, resized
+from llava_patch.patching.vocabulary import names_of_ends, resize_for, resized
 from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
@@ -112,13 +111,13 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         with staged(folder, _LAST, _WEIGHTS) as new:
             handle.anatomy.model.save_pretrained(new, state_dict=state)
             _complete(handle, base, folder, new)
-            write_settings(new, record)
+            write_settings(new, record, weights=new)
         return folder
     base = _base_of(base, folder)
     _check_folder(folder, form)
     tensors = adapter_tensors(handle)
     _check_tensors(handle, tensors)
-    record |= named_base(base, folder)
+    record["base"] = base
     record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
     if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
         return folder  # every rank gathers, the first one writes
@@ -257,9 +256,10 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
         missing = sorted(set(adapter_names(handle)) - set(tensors))
         if missing:
             raise CheckpointError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all)")
-        resize_for(handle.model, tensors)
-        check_names(handle.model, tensors, source)
+        ends = names_of_ends(handle.model)  # may be of another length
+        check_names(handle.model, {n: t for n, t in tensors.items() if n not in ends}, source)
         check_weights(record, source)
+        resize_for(handle.model, tensors)
         _make_floating(handle, tensors)
         copy_by_name(handle.model, tensors, source)
     except BaseException:

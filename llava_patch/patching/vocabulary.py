@@ -42,12 +42,17 @@ def resized(model: nn.Module) -> list[nn.Parameter]:
 def resize_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a base the vocabulary of an adapter's tensors, which are to be copied into it."""
     host: Any = model
-    own = {id(module.weight) for module in _ends(model)}
-    rows = {len(tensors[name]) for name, p in model.named_parameters() if id(p) in own and name in tensors}
+    rows = {len(tensors[name]) for name in names_of_ends(model) if name in tensors}
     if rows - {zero.shape(module.weight)[0] for module in _ends(model)}:
         takes = compat.parameters_of(type(host).resize_token_embeddings)  # of the model's own it would keep the model
         options = {"mean_resizing": False} if "mean_resizing" in takes else {}
         host.resize_token_embeddings(max(rows), **options)  # every new value is overwritten
+
+
+def names_of_ends(model: nn.Module) -> set[str]:
+    """The names of the token embedding's and the output head's weights."""
+    own = {id(module.weight) for module in _ends(model)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def _ends(model: nn.Module) -> list[Any]:

@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from llava_patch.core.errors import HostError, InputError, SettingError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import HostError, InputError, SettingError, shown
 from llava_patch.hosts.compat import known_options, layout_options
 from llava_patch.hosts.tiles import Tiling
 from llava_patch.probe.sample import Box, Sample, image_size

@@ -118,8 +118,10 @@ def find_file(name: str) -> Path:
             return gin_dir() / shipped_name
     shipped = sorted(p.name for p in gin_dir().glob("*.gin"))
     what = "no such gin file here or among the shipped ones"
-    if _is_there(path):
-        what = "not a file: name a gin file in it" if name.strip() else "a gin file needs a name"
+    if not name.strip():
+        what = "a gin file needs a name"
+    elif _is_there(path):
+        what = "not a file: name a gin file in it"
     raise SettingError(
         f"{short(name) or repr(name)}: {what}{gin_reader.hint(path.name, shipped)} (llava-patch gin-files lists them)"
     )

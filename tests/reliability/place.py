@@ -207,7 +207,9 @@ def _made() -> Path:
 @functools.cache
 def _stock() -> Path:
     from tests.support import fileset
+    from tests.support.models import needs_hf
 
+    needs_hf()
     return fileset.write_hf(_made() / "stock")
 
 
@@ -235,6 +237,7 @@ def _saved(form: str) -> Path:
 @functools.cache
 def open_stock() -> Any:
     """The stock model, loaded once; who patches it takes the patch off again."""
+    stock = _stock()
     from transformers import LlavaForConditionalGeneration
 
-    return LlavaForConditionalGeneration.from_pretrained(_stock()).eval()
+    return LlavaForConditionalGeneration.from_pretrained(stock).eval()

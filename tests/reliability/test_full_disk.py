@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - its cache is no file of ours
 import pytest
+import torch
 
-from tests.support import fileset
-from tests.support.paths import ROOT
-
-LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error, as on a full disk
-limit = int(sys.argv[1])
-sys.argv = ["llava-patch", *sys.argv[2:]]
-import matplotlib.font_manager  # its cache is no file of ours
 from llava_patch.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-main()
-"""
+from tests.support import fileset
+from tests.support.models import needs_hf
+
 COMMANDS = {
     "saturation": (["saturation", "MODEL", "--samples", "2"], 2_000),
     "drift": (["drift", "MODEL", "--base", "MODEL", "--samples", "2"], 2_000),
@@ -47,13 +40,38 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs_hf()
     return fileset.write_hf(tmp_path_factory.mktemp("full") / "model")
 
 
-def run(words: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LLAVA_PATCH_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    code = [sys.executable, "-c", LIMITED, str(limit), *words]
-    return subprocess.run(code, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def run(words: list[str], limit: int, folder: Path) -> tuple[int, str]:
+    """(exit code, stderr) of a command in a fork of this process that may write no file beyond a size."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error, as on a full disk
+        os.chdir(folder)
+        os.environ["LLAVA_PATCH_CACHE"] = str(folder / "cache")
+        for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+            said = open(folder / name, "w")  # noqa: SIM115 - it stays
+            os.dup2(said.fileno(), 1 if stream is sys.stdout else 2)
+            setattr(sys, name, said)
+        sys.argv = ["llava-patch", *words]
+        torch.set_num_threads(1)
+        code = 0
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            sys.stderr.flush()
+            os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=limited)
+    process.start()
+    process.join(300)
+    return process.exitcode, (folder / "stderr").read_text()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
@@ -61,9 +79,11 @@ def run(words: list[str], limit: int, folder: Path) -> subprocess.CompletedProce
 def test_a_full_disk_is_one_error_and_nothing_is_half_written(name: str, model: Path, tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     words, limit = COMMANDS[name]
-    done = run([str(model) if word == "MODEL" else word for word in words] + ["--output", "out"], limit, tmp_path)
-    said = [line for line in done.stderr.splitlines() if line.startswith("llava-patch: ")]
-    assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    code, stderr = run(
+        [str(model) if word == "MODEL" else word for word in words] + ["--output", "out"], limit, tmp_path
+    )
+    said = [line for line in stderr.splitlines() if line.startswith("llava-patch: ")]
+    assert code == 1 and len(said) == 1 and "Traceback" not in stderr, stderr[-2000:]
     assert "cannot be written" in said[0] and ("name another folder" in said[0] or "with room" in said[0]), said
     assert "unexpected" not in said[0] and str(limit) not in said[0]
     for path in (tmp_path / "out").rglob("*"):

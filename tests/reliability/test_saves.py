@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, StorageError
 from llava_patch.core.files import check_space
 from llava_patch.data.loaded import load_subject
+from llava_patch.tools.convert.source import read
+from llava_patch.tools.inspect.read import inspect_checkpoint
 from tests.support import fileset
 from tests.support.models import needs_hf
 
@@ -54,18 +57,25 @@ def saved_number(folder: Path) -> tuple[int, set[float]]:
 def sound(folder: Path) -> str:
     """ "1" or "2": the folder is that save, whole; "refused": it is neither."""
     try:
-        split, values = saved_number(folder)
+        _, values = saved_number(folder)
     except (CheckpointError, OSError) as error:
         assert str(folder) in str(error)
         return "refused"
-    assert values == {float(split)}, f"settings of save {split}, weights of {values}"
-    return str(split)
+    assert values in ({1.0}, {2.0}), f"weights of {values}"
+    (value,) = values
+    return str(int(value))
 
 
 def begin(target, *args) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()
     return process
+
+
+def take_checksums_away(folder: Path) -> None:
+    path = folder / records.SETTINGS_FILE
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if "checksum" not in k and k != "version"}))
 
 
 class Killed(BaseException):
@@ -91,14 +101,17 @@ def dying(monkeypatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["adapter", "full"])
-def test_a_save_that_dies_at_any_of_its_steps_is_no_mixture(form, stock, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checksums", [True, False], ids=["", "over a save of before checksums"])
+def test_a_save_that_dies_at_any_of_its_steps_is_no_mixture(form, checksums, stock, tmp_path, monkeypatch):
     model, seen = opened(stock), []
     while not seen or seen[-1] != "2":
         folder = tmp_path / str(len(seen))
         for number in (1, 2):
-            with patch(model, routing=Routing(split=number)) as handle, monkeypatch.context() as until_then:
+            with patch(model, routing=Routing(split=2)) as handle, monkeypatch.context() as until_then:
                 mark(handle, float(number))
                 if number == 2:
+                    if not checksums:
+                        take_checksums_away(folder)
                     dying(until_then, len(seen) + 1)
                 with contextlib.suppress(Killed):
                     handle.save(folder, form=form)
@@ -137,22 +150,64 @@ def test_kills_in_a_loop_of_saves(stock, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["weights", "settings", "config"])
-def test_files_of_two_saves_of_the_same_shapes_do_not_load(which, stock, tmp_path):
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_files_of_two_saves_of_the_same_shapes_do_not_load(form, which, stock, tmp_path):
     for number in (1, 2):
-        process = begin(save_once, tmp_path / str(number), stock, number)
-        process.join()
-    names = {"weights": "llava_patch.safetensors", "settings": "llava_patch.json", "config": "config.json"}
+        save_once(tmp_path / str(number), stock, number, form)
+    weights = "llava_patch.safetensors" if form == "adapter" else "model.safetensors"
+    names = {"weights": weights, "settings": "llava_patch.json", "config": "config.json"}
     shutil.copyfile(tmp_path / "1" / names[which], tmp_path / "2" / names[which])
-    with pytest.raises(CheckpointError, match=r"another save|two saves"):
+    for look in (opened, inspect_checkpoint, read):
+        with pytest.raises(CheckpointError, match=r"another save|two saves"):
+            look(tmp_path / "2")
+
+
+def save_once(folder: Path, stock: Path, split: int, form: str = "adapter") -> None:
+    with patch(opened(stock), routing=Routing(split=split)) as handle:
+        mark(handle, float(split))
+        handle.save(folder, form=form)
+
+
+def test_weights_of_another_save_with_the_same_settings_do_not_load(stock, tmp_path):
+    for number in (1, 2):
+        with patch(opened(stock), routing=Routing(split=2)) as handle:
+            mark(handle, float(number))
+            handle.save(tmp_path / str(number), form="full")
+    shutil.copyfile(tmp_path / "1" / "model.safetensors", tmp_path / "2" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="another save"):
         opened(tmp_path / "2")
 
 
-def save_once(folder: Path, stock: Path, split: int) -> None:
-    torch.set_num_threads(1)
-    with patch(opened(stock), routing=Routing(split=split)) as handle:
-        mark(handle, float(split))
-        handle.save(folder)
-    os._exit(0)
+@pytest.mark.parametrize("form", ["adapter", "full"])
+@pytest.mark.parametrize("filled", [False, True], ids=["an empty", "an earlier save's"])
+def test_a_folder_behind_a_link_to_another_disk_takes_a_save(filled, form, stock, tmp_path, monkeypatch):
+    disk = Path("/dev/shm")
+    if not os.access(disk, os.W_OK) or disk.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second disk to write to")
+    with tempfile.TemporaryDirectory(dir=disk) as there, patch(opened(stock), routing=Routing(split=2)) as handle:
+        (tmp_path / "link").symlink_to(there)
+        if filled:
+            mark(handle, 1.0)
+            handle.save(tmp_path / "link", form=form)
+        mark(handle, 2.0)
+        handle.save(tmp_path / "link", form=form)
+        assert saved_number(tmp_path / "link") == (2, {2.0}) and (tmp_path / "link").is_symlink()
+        monkeypatch.chdir(there)
+        mark(handle, 3.0)
+        handle.save(".", form=form)
+        assert saved_number(Path(there)) == (2, {3.0})
+
+
+def test_a_folder_that_cannot_be_replaced_is_filled(stock, tmp_path, monkeypatch):
+    """As where a disk is mounted, or whose parent takes no files."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount")
+    (tmp_path / "mount").mkdir()
+    with patch(opened(stock), routing=Routing(split=2)) as handle:
+        for number in (1.0, 2.0):
+            mark(handle, number)
+            handle.save(tmp_path / "mount")
+            assert saved_number(tmp_path / "mount") == (2, {number})
+    assert not list(tmp_path.glob(".*")) and not list((tmp_path / "mount").glob(".*"))
 
 
 def test_a_record_names_the_version_that_wrote_it(stock, tmp_path):
@@ -209,7 +264,7 @@ def test_a_disk_that_fills_leaves_the_earlier_save(stock, tmp_path):
         os._exit(0)
 
     folder = tmp_path / "adapter"
-    begin(save_once, folder, stock, 1).join()
+    save_once(folder, stock, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     process = begin(fill, folder)
     process.join()
@@ -223,7 +278,7 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path):
 
 
 def test_weights_that_changed_on_the_disk_are_refused(stock, tmp_path):
-    begin(save_once, tmp_path / "adapter", stock, 1).join()
+    save_once(tmp_path / "adapter", stock, 1)
     path = tmp_path / "adapter" / "llava_patch.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="another save"):

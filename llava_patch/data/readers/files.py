@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError
-from llava_patch.core.stored import is_finite, shown
+from llava_patch.core.errors import InputError, shown
+from llava_patch.core.stored import is_finite
 from llava_patch.probe.sample import Box
 
 

@@ -11,9 +11,8 @@ than 1000 pixels on a side and every box fits, thousandths cannot be told from p
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, LlavaPatchError, brief
+from llava_patch.core.errors import InputError, LlavaPatchError, brief, shown
 from llava_patch.core.extras import optional
-from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import check_name, four_numbers, nothing_there
 from llava_patch.data.readers.samples import Collector, SourceError
 from llava_patch.probe.sample import Box, EncodedImage, ImageSource

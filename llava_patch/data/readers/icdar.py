@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import InputError, shown
 from llava_patch.data.readers.files import Images, first_lines, numbered_lines
 from llava_patch.data.readers.samples import Collector, Page
 from llava_patch.probe.sample import Box

@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError
-from llava_patch.core.stored import is_finite, shown
+from llava_patch.core.errors import InputError, shown
+from llava_patch.core.stored import is_finite
 from llava_patch.data.readers.files import (
     IMAGE_SUFFIXES,
     Images,

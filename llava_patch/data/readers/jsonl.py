@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError
+from llava_patch.core.errors import InputError, shown
 from llava_patch.core.files import atomic
-from llava_patch.core.stored import shown
 from llava_patch.data.readers.files import (
     check_name,
     check_text,

@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import InputError, SettingError, shown
 from llava_patch.data.readers import hf, icdar, json_files
 from llava_patch.data.readers.files import IMAGE_SUFFIXES, Images, first_lines, load_json, walk
 from llava_patch.data.readers.jsonl import read_jsonl

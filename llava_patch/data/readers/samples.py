@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_patch.core.errors import InputError, SettingError
-from llava_patch.core.stored import shown
+from llava_patch.core.errors import InputError, SettingError, shown
 from llava_patch.data.readers.files import check_text, nothing_there
 from llava_patch.probe.sample import Box, ImageSource, Sample, size_and_orientation, upright_box
 from llava_patch.probe.transform import check_box

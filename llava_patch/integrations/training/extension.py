@@ -14,6 +14,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_patch.core.undo import UndoStack
 
+GO_ON = ": go on from an earlier checkpoint, or start into another --output_dir"
+"""What to do where a file of a checkpoint that a run would go on from cannot be used."""
+
 
 class TrainerExtension:
     """Something that takes part in a Trainer's runs; it overrides the points at which it has something to do.

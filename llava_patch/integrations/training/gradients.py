@@ -233,7 +233,7 @@ class Following(TrainerExtension):
             f"Gradients.stop = {stop}, but this run has {state.max_steps} steps: leave it out, or train longer "
             "(--max_steps, --num_train_epochs)": stop > state.max_steps,
             f"Gradients.stop = {stop}, but this run goes on from step {state.global_step}: it has ended already; set a "
-            f"later Gradients.stop, or delete {self.trainer.args.output_dir} to begin again": stop <= state.global_step,
+            f"later Gradients.stop, or delete {self.trainer.args.output_dir} to begin again": stop < state.global_step,
         }
         refuse(against)
 

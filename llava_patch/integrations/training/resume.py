@@ -20,7 +20,7 @@ from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import llava_code, lora, zero
 from llava_patch.integrations.training import trainer_folder
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import GO_ON, TrainerExtension, extend
 from llava_patch.patching import beside_peft
 from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
 from llava_patch.patching.handle import Handle, get_handle
@@ -28,8 +28,6 @@ from llava_patch.patching.vocabulary import resized
 from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
-
-_ELSE = ": go on from an earlier checkpoint, or start into another --output_dir"
 
 
 def follow(trainer: Any, handle: Handle) -> None:
@@ -114,7 +112,7 @@ class _Beside(TrainerExtension):
                 f"({len(parameters)} tensors), which peft's and LLaVA's files there do not hold: it was written by a "
                 "run without llava_patch, or by an older version. Start into another --output_dir, or move it away"
             )
-        there, _ = stored.read_shapes(path, advice=_ELSE)
+        there, _ = stored.read_shapes(path, advice=GO_ON)
         here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
         if there != here:
             different = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
@@ -123,7 +121,7 @@ class _Beside(TrainerExtension):
                 "here (None: it does not train): go on with the settings that the run began with, or start into "
                 "another --output_dir"
             )
-        tensors = stored.read_tensors(path, advice=_ELSE)
+        tensors = stored.read_tensors(path, advice=GO_ON)
         stored.check_values(tensors, path)
         zero.copy_values(parameters, tensors)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_patch.core import stored
-from llava_patch.core.errors import CheckpointError, brief
+from llava_patch.core.errors import CheckpointError, brief, shown
 
 PREFIX, ASIDE = "checkpoint-", "unfinished-"
 STATE = "trainer_state.json"
@@ -155,7 +155,7 @@ def _check_deepspeed(folder: Path) -> int:
         return 0
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not tag or "/" in tag or not (folder / tag).is_dir():
-        raise CheckpointError(f"{latest}: names {stored.shown(tag)}, which is not there")
+        raise CheckpointError(f"{latest}: names {shown(tag)}, which is not there")
     states = [path.name for path in (folder / tag).glob("*.pt")]
     if not any(name.endswith("model_states.pt") for name in states):
         raise CheckpointError(f"{folder / tag}: no *model_states.pt is there")

@@ -16,11 +16,10 @@ import numpy as np
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import optional
-from llava_patch.core.stored import is_finite, read_object
+from llava_patch.core.stored import is_a_number, is_finite, read_object
 from llava_patch.measurements.rprobe.compare import numbered
 from llava_patch.measurements.rprobe.output import RESULT
 from llava_patch.measurements.rprobe.result import RProbeResult
-from llava_patch.settings.checks import is_number
 
 PROBES = {
     "mse": ("held-out MSE (normalised pixel values²)", False),
@@ -300,7 +299,7 @@ def read_scores(document: Any, name: str) -> dict[tuple[str, str], Score]:
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             # lmms-eval writes metric_stderr and kinds of it; counts and texts are no scores.
-            if not kind or "_stderr" in metric or not is_number(value) or (value == value and not is_finite(value)):
+            if not kind or "_stderr" in metric or not is_a_number(value) or (value == value and not is_finite(value)):
                 continue
             own = directions.get(task)
             direction = own.get(metric) if isinstance(own, dict) else None

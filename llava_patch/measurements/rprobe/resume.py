@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llava_patch.core.errors import CheckpointError
+from llava_patch.core.errors import CheckpointError, shown
 from llava_patch.core.files import atomic
-from llava_patch.core.stored import check_values, is_finite, numbers, read_tensors_and_metadata, shown
+from llava_patch.core.stored import check_values, is_finite, numbers, read_tensors_and_metadata
 from llava_patch.measurements.rprobe.keys import difference
 from llava_patch.probe.decoder import ProbeDecoder, trained_parameters
 

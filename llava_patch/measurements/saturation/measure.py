@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_patch.core import files
-from llava_patch.core.errors import CheckpointError, InputError
-from llava_patch.core.stored import read_tensors_and_metadata, shown
+from llava_patch.core.errors import CheckpointError, InputError, shown
+from llava_patch.core.stored import read_tensors_and_metadata
 from llava_patch.data.examples import Example
 from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find

@@ -13,7 +13,7 @@ from llava_patch.core import weights
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.files import atomic
 from llava_patch.core.locks import output_lock
-from llava_patch.core.records import CONFIG_KEY, write_settings
+from llava_patch.core.records import CONFIG_KEY, FULL, write_settings
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.configs import files_of
 from llava_patch.hosts.hf import whole_config
@@ -112,13 +112,15 @@ def _write(found: Checkpoint, made: Checkpoint, out: Path, shard_bytes: int) -> 
     # What is joined or cut is counted as it lies on the disk now; a llava tower's own folder is among what was found.
     stored = {**made.tensors, **found.tensors}.values()
     size = sum(load.nbytes for load in stored if isinstance(load, weights.StoredTensor))
-    with output_lock(out), atomic(out, folder=True, size=size) as partial:
-        weights.write_weights(partial, tensors, shard_bytes)
-        weights.write_json(partial / "config.json", config)
-        if made.record is not None:
-            write_settings(partial, {**made.record, "form": "full"})
-        for write in made.files:
-            write(partial)
+    with output_lock(out):
+        weights.check_output(out, ())  # another process may have been before
+        with atomic(out, folder=True, size=size) as partial:
+            weights.write_weights(partial, tensors, shard_bytes)
+            weights.write_json(partial / "config.json", config)
+            if made.record is not None:
+                write_settings(partial, {**made.record, "form": FULL}, weights=partial)
+            for write in made.files:
+                write(partial)
     return out
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import transformers
 
+from llava_patch.core import stored
 from llava_patch.core.errors import CheckpointError
-from llava_patch.core.records import FORMAT, base_of
+from llava_patch.core.records import FORMAT, base_of, check_weights
 from llava_patch.core.weights import StoredTensor, Tensors, folder_of, locate, open_weights, read_file
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -88,6 +89,8 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         path = locate(source, patched.WEIGHTS_FILE)
         if path is None:
             raise CheckpointError(f"{source}: {patched.WEIGHTS_FILE} is missing")
+        check_weights(settings, path)
+        stored.check_values(stored.read_tensors(path), path)
         below = _neutral(open_weights(base), host, base)
         own = _neutral({tensor.name: tensor for tensor in read_file(path)}, host, source)
         if host == LLAVA:  # whatever a base says of the tower, llava's loader takes it from its own folder
@@ -100,6 +103,7 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         check_samples(below, {k: v for k, v in fingerprint.items() if k not in samples}, source)
         tensors = below | own
     else:
+        check_weights(settings, Path(source))
         tensors = _neutral(open_weights(source), host, source)
     found = Checkpoint(host, config, record, tensors, sources, samples)
 

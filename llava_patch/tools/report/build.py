@@ -16,11 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError, StorageError, brief
+from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError, StorageError, brief, shown
 from llava_patch.core.extras import optional
 from llava_patch.core.files import digest, plain, write_json, write_text
 from llava_patch.core.paths import named
-from llava_patch.core.stored import read_object, shown
+from llava_patch.core.stored import read_object
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of
 from llava_patch.data.readers.read import resolve_source

@@ -70,9 +70,9 @@ def _sweep(
     # Foreign folders and busy ones are refused before anything starts.
     done = [_known(run, evaluate, overwrite, say) for run in runs]
     for run, known in zip(runs, done, strict=True):
-        if known is None:
+        if known is None and not dry_run:
             process.check_free(run.folder)
-    if not overwrite:
+    if not overwrite and not dry_run:
         summary.check_results(output / "results.json", runs)
     if dry_run:
         for run, known in zip(runs, done, strict=True):

@@ -36,8 +36,8 @@ def lock(folder: Path) -> Iterator[int]:
 
 def check_free(folder: Path) -> None:
     """Refuse a folder in which a command still runs that a sweep has started (BusyError)."""
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY)
+    with contextlib.suppress(FileNotFoundError), storage_errors(folder / _LOCK):
+        descriptor = os.open(folder / _LOCK, os.O_RDWR)
         try:
             _take(descriptor, folder)
         finally:
@@ -47,7 +47,7 @@ def check_free(folder: Path) -> None:
 def _take(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise BusyError(
             f"{folder}: a command that an earlier sweep started still runs there: wait for it, or end it"
         ) from error

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core import stored
-from llava_patch.core.errors import RunError, SettingError
+from llava_patch.core.errors import RunError, SettingError, shown
 from llava_patch.core.files import storage_errors, write_json
 from llava_patch.measurements.base import decode
 from llava_patch.settings import gin_config as config
-from llava_patch.settings.checks import is_number
 from llava_patch.tools.sweep.plan import Run
 from llava_patch.tools.sweep.settings import meaning
 
@@ -98,11 +97,11 @@ def _entries(history: Any, path: Path) -> list[tuple[int, float]]:
 def _number(value: Any, where: str) -> float:
     """A number that another program wrote, infinite or not a number as it may be; RunError: it is none."""
     try:
-        if is_number(value):
+        if stored.is_a_number(value):
             return float(value)
     except OverflowError:  # an integer of hundreds of digits
         pass
-    raise RunError(f"{where} = {stored.shown(value)}: expected a number{_LEFT}")
+    raise RunError(f"{where} = {shown(value)}: expected a number{_LEFT}")
 
 
 def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, float]:
@@ -116,7 +115,7 @@ def metrics(folder: Path, known: frozenset[Path] = frozenset()) -> dict[str, flo
         for task, values in tasks.items():
             for key, value in values.items():
                 metric, _, variant = key.partition(",")
-                if "_stderr" not in metric and is_number(value):
+                if "_stderr" not in metric and stored.is_a_number(value):
                     name = metric if variant in ("", "none") else f"{metric} ({variant})"
                     found[f"{task}/{name}"] = _number(value, f"{path}: {task}/{key}")
     if not found:
@@ -256,7 +255,7 @@ def _difference(key: str, found: Any, expected: Any) -> str:
     if meaning(found) == meaning(expected):
         return ""
     if not isinstance(found, list) or not isinstance(expected, list):
-        return f"another {key}: {stored.shown(found)} there, {stored.shown(expected)} now"
+        return f"another {key}: {shown(found)} there, {shown(expected)} now"
     words = [" ".join(str(item) for item in one if item not in other) for one, other in
              ((found, expected), (expected, found))]  # fmt: skip
     if not any(words):

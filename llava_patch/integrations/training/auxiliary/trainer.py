@@ -16,14 +16,13 @@ from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
 from llava_patch.hosts import lora, zero
 from llava_patch.integrations.training import engine
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import GO_ON, TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
 from llava_patch.probe.auxiliary.attach import HEAD
 from llava_patch.probe.auxiliary.regions import KEY
 
 FILE = "llava_patch_rprobe.safetensors"
-_ELSE = ": go on from an earlier checkpoint, or start into another --output_dir"
 
 
 def check(handle: Handle, training_args: Any) -> None:
@@ -184,7 +183,7 @@ def load_head(handle: Handle, folder: Path) -> None:
             "AuxiliaryProbe (start into another --output_dir), or the file is lost"
         )
     parameters = dict(auxiliary.head.named_parameters())
-    there, about = stored.read_shapes(path, advice=_ELSE)
+    there, about = stored.read_shapes(path, advice=GO_ON)
     check_fingerprint(handle.model, _fingerprint(about, path), path)
     here = {name: tuple(zero.shape(p)) for name, p in parameters.items()}
     if there != here:
@@ -193,7 +192,7 @@ def load_head(handle: Handle, folder: Path) -> None:
             f"{path}: {different[0]} has shape {there.get(different[0])}, the head of {HEAD} here has "
             f"{here.get(different[0])}: it belongs to another model"
         )
-    tensors = stored.read_tensors(path, advice=_ELSE)
+    tensors = stored.read_tensors(path, advice=GO_ON)
     stored.check_values(tensors, path)
     zero.copy_values(parameters, tensors)
 
@@ -205,5 +204,5 @@ def _fingerprint(about: Mapping[str, str], path: Path) -> dict[str, list[float]]
     except (KeyError, *stored.UNREADABLE):
         found = None
     if not isinstance(found, dict) or not found or not all(map(stored.numbers, found.values())):
-        raise CheckpointError(f"{path}: fingerprint, by which the head's model is known, is missing or damaged{_ELSE}")
+        raise CheckpointError(f"{path}: fingerprint, by which the head's model is known, is missing or damaged{GO_ON}")
     return found
