@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -273,6 +274,8 @@ def options_of(measurement: Measurement) -> common.Parameters:
 
 
 def _help(lines: Mapping[str, str], owner: Any, name: str) -> str:
+    if name not in lines and sys.flags.optimize == 2:  # without docstrings there is no help
+        return ""
     if name not in lines:
         raise TypeError(f"{owner.__qualname__}: its docstring has no line about {name}, which is the option's help")
     return lines[name]

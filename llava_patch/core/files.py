@@ -185,6 +185,7 @@ def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str]
     folder = _real(folder)
     with storage_errors(folder):
         new = folder / beside(folder).name if stays(folder) else beside(folder)
+        begun = False
         try:
             new.mkdir()
             yield new
@@ -192,14 +193,17 @@ def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str]
             _share(written)
             for file in written:
                 _sync(file)
+            begun = True  # from here on `new` is the only whole copy
             for name, text in last.items():
                 if text is None:
                     (folder / name).unlink(missing_ok=True)
                 else:
                     write_text(folder / name, text)
+            names = {file.name for file in new.iterdir()}
             for pattern in replaced:
                 for file in folder.glob(pattern):
-                    file.unlink()
+                    if file.name not in names and not file.is_dir():
+                        file.unlink(missing_ok=True)
             order = {name: place for place, name in enumerate(last, 1)}
             for file in sorted(new.iterdir(), key=lambda file: (order.get(file.name, 0), file.name)):
                 target = folder / file.name
@@ -207,8 +211,17 @@ def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str]
                     shutil.rmtree(target)
                 file.replace(target)
             _sync(folder)
+            begun = False
+        except OSError as error:
+            if begun:
+                raise StorageError(
+                    f"{folder}: broken off while files were replaced ({brief(error)}): the rest of the save is in "
+                    f"{new}: move its files there, or save elsewhere"
+                ) from error
+            raise
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            if not begun:
+                shutil.rmtree(new, ignore_errors=True)
 
 
 def _share(paths: Iterable[Path]) -> None:

@@ -26,11 +26,13 @@ FORMAT = 1
 ADAPTER, FULL, LORA = "adapter", "full", "lora"
 """Forms of a folder: what was added or trained; the whole model; peft's adapter and what was trained beside it."""
 VERSION, BASE_FROM_HERE = "version", "base_from_here"
-"""The version of llava_patch that wrote a record; where the base lies, as a path from the record's folder."""
+"""The version of llava_patch that wrote a record; for the base that it names, the path from the record's folder."""
 CHECKSUM, WEIGHTS_CHECKSUM = "checksum", "weights_checksum"
 """Of the record itself (its place and its base's may change), and of the file of weights that it goes with."""
 WEIGHTS_FILE = "llava_patch.safetensors"
 """An adapter's weights."""
+TRAINED_FILE = "llava_patch_trained.safetensors"
+"""What trains beside peft's adapter, by the model's own names."""
 UNFINISHED = "a save into this folder was broken off"
 """What config.json says of a patch while files are replaced."""
 _MAY_CHANGE = ("base", BASE_FROM_HERE, CHECKSUM)
@@ -38,7 +40,7 @@ _FIELDS = (
     "format", VERSION, "form", "base", BASE_FROM_HERE, "fingerprint", "trained_tower", WEIGHTS_CHECKSUM, CHECKSUM,
     *KINDS,
 )  # fmt: skip
-_TEXTS = (VERSION, "form", "base", BASE_FROM_HERE, WEIGHTS_CHECKSUM, CHECKSUM)
+_TEXTS = (VERSION, "form", "base", WEIGHTS_CHECKSUM, CHECKSUM)
 
 _bases: ContextVar[Mapping[str, str] | None] = ContextVar("llava_patch_bases", default=None)
 
@@ -62,7 +64,17 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     record = read_object(path)
     check_record(record, str(path))
     _check_agrees(record, path)
+    if record.get("form") == ADAPTER and (whole := next(filter(os.path.isfile, _whole(directory)), None)):
+        raise CheckpointError(
+            f"{path} is an adapter's, and {whole} beside it a whole model's: one was saved over the other: move one"
+        )
     return record
+
+
+def _whole(directory: str | os.PathLike[str]) -> list[str]:
+    """Where a whole model's weights would lie, or their index."""
+    files = ("model.safetensors", "pytorch_model.bin")
+    return [os.path.join(directory, name + end) for name in files for end in ("", ".index.json")]
 
 
 def checkpoint_record(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -112,6 +124,10 @@ def check_record(record: Any, source: str) -> None:
     for name in _TEXTS:
         if name in record and not isinstance(record[name], str):
             raise CheckpointError(f"{source}: {name} = {shown(record[name])}: expected text")
+    if not isinstance(record.get(BASE_FROM_HERE, {}), Mapping) or not all(
+        isinstance(way, str) for way in record.get(BASE_FROM_HERE, {}).values()
+    ):
+        raise CheckpointError(f"{source}: {BASE_FROM_HERE} = {shown(record[BASE_FROM_HERE])}: expected paths by base")
     for kind in KINDS:
         if not isinstance(record.get(kind), (Mapping, type(None))):
             raise CheckpointError(f"{source}: {kind} = {shown(record[kind])}: expected an object or null")
@@ -146,10 +162,11 @@ def _check_agrees(record: Mapping[str, Any], path: Path) -> None:
         return
     other = carried(read_object(config), str(config))
     for kind in (kind for kind in KINDS if kind not in TRAINING_ONLY):
-        if other is not None and record.get(kind) != other.get(kind):
+        there = None if other is None else other.get(kind)
+        if record.get(kind) != there and (other is not None or VERSION in record):
             raise CheckpointError(
                 f"{path} and config.json beside it disagree about {kind} ({shown(record.get(kind))} and "
-                f"{shown(other.get(kind))}): they are of two saves, or one was changed; save again"
+                f"{shown(there)}): they are of two saves, or one was changed; save again"
             )
 
 
@@ -205,14 +222,15 @@ def seal(record: Mapping[str, Any]) -> str:
 # --- the base ---------------------------------------------------------------------------------------------------------
 
 
-def named_base(base: str, directory: str | os.PathLike[str]) -> dict[str, str]:
+def named_base(base: str, directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What a record says of a base: its folder, also as a path from the record's folder, or its name on the hub."""
     if not os.path.isdir(base):
         return {"base": base}
+    place = os.path.abspath(base)
     try:
-        return {"base": os.path.abspath(base), BASE_FROM_HERE: os.path.relpath(base, directory)}
+        return {"base": place, BASE_FROM_HERE: {place: os.path.relpath(base, directory)}}
     except ValueError:  # on another drive
-        return {"base": os.path.abspath(base)}
+        return {"base": place}
 
 
 def base_is(directory: str | os.PathLike[str], base: str) -> contextlib.AbstractContextManager[Any]:
@@ -228,12 +246,12 @@ def find_base(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> s
     if (given := (_bases.get() or {}).get(os.path.realpath(directory))) is not None:
         return given
     base = str(record.get("base") or "")
-    beside = os.path.normpath(os.path.join(directory, record.get(BASE_FROM_HERE) or base))
     if not base or os.path.isdir(base):
         return base
+    beside = os.path.normpath(os.path.join(directory, record.get(BASE_FROM_HERE, {}).get(base, base)))
     if os.path.isdir(beside):
         return beside
-    return None if os.path.isabs(base) or record.get(BASE_FROM_HERE) else base
+    return None if os.path.isabs(base) else base
 
 
 def base_of(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> str:

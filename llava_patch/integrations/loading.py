@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_patch.core import records
-from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, brief
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.settings import active
 
@@ -70,18 +70,19 @@ def load(call: Loading) -> Any:
         from llava_patch.patching import checkpoint, floating, vocabulary
 
         base = records.base_of(call.path, record)
+        _check_config(call.path)
         if config is None or isinstance(config, (str, os.PathLike)):
             config = call.cls.config_class.from_pretrained(config or call.path)
         config = _stock_config(config, base)
         size = vocabulary.base_size(base)
         if size is not None:  # it is resized for the adapter's tensors
             compat.text_config(config).vocab_size = size
-        with _unquantised(record, floating.tensors_in(call.path)):
+        with _unquantised(record, floating.tensors_in(call.path)), _base_errors(call.path, base):
             loaded = call.stock(base, config=config)
         checkpoint.load(_model_of(loaded), call.path)
         return _finish(loaded)
     if record is not None:
-        records.check_weights(record, Path(call.path))
+        _check_config(call.path)
     given = call.kwargs.get("device_map")
     places = {"device_map": dict(given)} if isinstance(given, dict) else {}
     with _construction(call.cls, functools.partial(_patch_new, **places)), _unquantised():
@@ -104,6 +105,8 @@ def load(call: Loading) -> Any:
                 "transformers does not know: open it with the version that wrote it (`transformers_version` in its "
                 "config.json)"
             )
+        if record is not None:
+            records.check_weights(record, Path(call.path))
         if handle.trained_tower:
             checkpoint.restore_tower(handle, call.path)
         handle.apply_freeze()
@@ -111,9 +114,31 @@ def load(call: Loading) -> Any:
     return (model, info) if call.kwargs.get("output_loading_info") else model
 
 
+def _check_config(folder: Any) -> None:
+    """Refuse a folder of ours without config.json, for which transformers would make a model of its default size."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise CheckpointError(f"{folder}: config.json is missing: copy the folder again, or save again")
+
+
+@contextlib.contextmanager
+def _base_errors(folder: Any, base: str) -> Iterator[None]:
+    """What a host raises where a base is not the model that an adapter was made on, or is damaged, is one error."""
+    try:
+        yield
+    except (LlavaPatchError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise CheckpointError(
+            f"{folder}: its base {base} cannot be loaded ({type(error).__name__}: {brief(error)}): it is damaged, or "
+            f'the adapter was made on another one: name that with --base, or as "base" in {records.SETTINGS_FILE}'
+        ) from error
+
+
 def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The method of this name, peft's and transformers' own; what else was trained beside the adapter comes too."""
-    record = _beside_peft(folder)
+    record = _beside_peft(folder, model)
     if record is None:
         return original(model, folder, *args, **kwargs)
     from llava_patch.patching import beside_peft
@@ -126,6 +151,8 @@ def save_adapter(original: Callable[..., Any], model: Any, folder: Any, *args: A
     """The method `save_pretrained`, peft's and transformers' own; beside an adapter comes what the patch added."""
     handle, adapters = handle_of(model), getattr(model, "peft_config", None)
     save = functools.partial(original, model, folder, *args, **kwargs)
+    if not adapters and os.path.isfile(os.path.join(folder, records.SETTINGS_FILE)):
+        return _save_whole(handle, Path(folder), save, kwargs.get("is_main_process", True))
     if handle is None or not adapters or os.path.isfile(folder):
         return save()
     from llava_patch.patching import beside_peft
@@ -136,18 +163,37 @@ def save_adapter(original: Callable[..., Any], model: Any, folder: Any, *args: A
     return beside_peft.save_adapter(handle, model, str(folder), adapters, kwargs.get("is_main_process", True), save)
 
 
+def _save_whole(handle: Any, folder: Path, save: Callable[[], Any], writes: bool) -> Any:
+    """Save a whole model by the host's own `save_pretrained` where a save of ours lies, whose record it ends."""
+    result = save()
+    if writes:
+        (folder / records.WEIGHTS_FILE).unlink(missing_ok=True)
+        if handle is None:
+            (folder / records.SETTINGS_FILE).unlink(missing_ok=True)
+        else:
+            records.write_settings(folder, {**handle.settings(), "form": records.FULL})
+    return result
+
+
 def patch_base(base: Any, folder: Any) -> None:
     """Patch a base as the folder of the adapter says that peft is about to put around it."""
-    record = _beside_peft(folder)
+    record = _beside_peft(folder, base)
     if record is not None:
         from llava_patch.patching import beside_peft
 
         beside_peft.patch_as(base, str(folder), record)
 
 
-def _beside_peft(folder: Any) -> dict[str, Any] | None:
-    """The settings file of a folder that peft wrote a patched model's adapter into."""
+def _beside_peft(folder: Any, model: Any) -> dict[str, Any] | None:
+    """The settings file of a folder that peft wrote a patched model's adapter into; CheckpointError: it is missing."""
     record = records.read_settings(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if record is None and isinstance(folder, (str, os.PathLike)) and handle_of(model) is None:
+        trained = os.path.join(folder, records.TRAINED_FILE)
+        if os.path.isfile(trained):
+            raise CheckpointError(
+                f"{trained}: {records.SETTINGS_FILE} beside it is missing, without which the model would be loaded "
+                "without its patch: copy the folder again, or patch the model first"
+            )
     return record if record is not None and record.get("form") == records.LORA else None
 
 

@@ -28,8 +28,7 @@ from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import from_record
 
-FILE = "llava_patch_trained.safetensors"
-"""By the model's own names: what trains, and is not peft's."""
+FILE = records.TRAINED_FILE
 
 _kept_by_trainer: ContextVar[bool] = ContextVar("llava_patch_kept_by_trainer", default=False)
 

@@ -31,6 +31,7 @@ from llava_patch.core.records import (
     WEIGHTS_FILE,
     base_of,
     check_weights,
+    find_base,
     read_settings,
     write_settings,
 )
@@ -46,11 +47,17 @@ from llava_patch.settings.methods import from_record
 
 logger = logging.getLogger("llava_patch")
 
+PEFT_CONFIG = "adapter_config.json"
 LORA_FILE = "non_lora_trainables.bin"
 _TOWER = "vision_tower."
 _LAST = {SETTINGS_FILE: None, "config.json": json.dumps({CONFIG_KEY: UNFINISHED})}
 """What makes a folder a checkpoint, with what stands there while files are replaced."""
-_WEIGHTS = (WEIGHTS_FILE, *(f"{stem}*.{suffix}*" for stem, suffix in WEIGHT_FORMATS))
+_WHOLE = tuple(
+    pattern
+    for stem, suffix in WEIGHT_FORMATS
+    for pattern in (f"{stem}.{suffix}", f"{stem}-[0-9]*-of-[0-9]*.{suffix}", f"{stem}.{suffix}.index.json")
+)
+_WEIGHTS = (WEIGHTS_FILE, *_WHOLE)
 """Patterns of the files of weights that a save of the whole model takes the place of."""
 _SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -159,11 +166,16 @@ def _check_tensors(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
 def _check_folder(folder: Path, form: str) -> None:
     """Refuse a folder in which a save of this form would spoil a checkpoint that is none of ours, or a whole one."""
     with storage_errors(folder):
-        held = next((path for pattern in _WEIGHTS[1:] for path in folder.glob(pattern)), None)
+        if (folder / PEFT_CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} holds an adapter of peft ({PEFT_CONFIG}), which the host would put onto what is saved: "
+                "save to another folder"
+            )
+        held = next((path for pattern in _WHOLE for path in folder.glob(pattern)), None)
     if held is None:
         return
     config = folder / "config.json"
-    ours = read_settings(folder) is not None or (config.is_file() and CONFIG_KEY in read_object(config))
+    ours = (folder / SETTINGS_FILE).is_file() or (config.is_file() and CONFIG_KEY in read_object(config))
     if form == ADAPTER or not ours:
         what = "a whole checkpoint" if ours else "a checkpoint without a patch"
         raise CheckpointError(f"{folder} holds {what} ({held.name}), which would be lost: save to another folder")
@@ -198,14 +210,26 @@ def _base_of(name: str, folder: Path) -> str:
     return base
 
 
+def _lies_on(folder: Path, base: str) -> bool:
+    """Whether a folder holds no earlier adapter, or one on the same base."""
+    try:
+        record = read_settings(folder)
+    except CheckpointError:  # which is replaced now
+        return False
+    if record is None or record.get("form") != ADAPTER:
+        return True
+    return os.path.realpath(find_base(folder, record) or "") == os.path.realpath(base)
+
+
 def _copy_side_files(base: str, folder: Path, new: Path) -> None:
     """Copy the base's tokenizer and processor files, but for those that an earlier save, or the host, has put there."""
     from transformers.utils import cached_file
 
+    keep = _lies_on(folder, base)  # they may have been changed there
     for name in _SIDE_FILES:
         if (new / name).exists():
             continue
-        if (folder / name).is_file():
+        if (folder / name).is_file() and keep:
             shutil.copyfile(folder / name, new / name)
             continue
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,12 @@ def another_saves_config(place: Place) -> Call:
 
 def moved_without_its_base(place: Place) -> Call:
     folder = place.adapter()
-    return opens(place.edit(folder / SETTINGS, base="/nowhere/model", base_from_here="../nowhere").parent)
+    return opens(place.edit(folder / SETTINGS, base="/nowhere/model").parent)
 
 
 def command_on_moved(place: Place) -> Call:
     folder = place.adapter()
-    place.edit(folder / SETTINGS, base="/nowhere/model", base_from_here="../nowhere")
+    place.edit(folder / SETTINGS, base="/nowhere/model")
     return place.command("saturation", folder, place.image())
 
 
@@ -218,6 +219,31 @@ def links_in_a_circle(place: Place) -> Path:
     return place.root / "circle" / "out"
 
 
+def stock_config_in_full(folder: Path) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    del values["llava_patch"]
+    (folder / CONFIG).write_text(json.dumps(values))
+
+
+def beside_a_whole_model(place: Place) -> Call:
+    folder = place.adapter()
+    shutil.copyfile(place.stock() / "model.safetensors", folder / "model.safetensors")
+    return opens(folder)
+
+
+def on_a_base_that_is_cut_off(place: Place) -> Call:
+    from tests.support import fileset
+
+    folder = place.adapter()
+    fileset.hf_model(layers=2).save_pretrained(place.root / "other")
+    Place.cut(place.root / "other" / "model.safetensors")
+    return opens(place.edit(folder / SETTINGS, base=str(place.root / "other")).parent)
+
+
+def over_pefts(place: Place) -> Path:
+    return place.file("peft/adapter_config.json", "{}").parent
+
+
 SAVE = "save again"
 ROWS = [
     *(
@@ -292,6 +318,13 @@ ROWS = [
         ("base model /nowhere/model is not there", "--base", 'change "base"')),
     Row("adapter folder", "its base is gone, by a command", command_on_moved, ("model is not there", "--base")),
     Row("adapter folder", "--base is another model", wrong_base, ("made on another base model", "differs")),
+    Row("adapter folder", "config.json missing", bytes_of(CONFIG, gone, opens), (CONFIG, "is missing", SAVE)),
+    Row("adapter folder", "a whole model in it", beside_a_whole_model, ("an adapter's", "a whole model's", "move one")),
+    Row("adapter folder", "a base that is cut off", on_a_base_that_is_cut_off, ("its base", "damaged", "--base")),
+    Row("full checkpoint", "config.json of the stock model", full_with(stock_config_in_full), ("disagree", "routing")),
+    Row("full checkpoint", "config.json missing", full_with(lambda f: (f / CONFIG).unlink()), (CONFIG, SAVE)),
+    Row("saving", "over peft's adapter", saves(over_pefts), ("adapter of peft", "another folder")),
+    Row("saving", "the whole model over peft's adapter", saves(over_pefts, "full"), ("adapter of peft", "another")),
     *(
         Row("full checkpoint", what, make, says)
         for what, make, says in (

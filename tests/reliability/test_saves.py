@@ -283,3 +283,52 @@ def test_weights_that_changed_on_the_disk_are_refused(stock, tmp_path):
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match="another save"):
         opened(tmp_path / "adapter")
+
+
+def test_a_base_that_is_changed_by_hand_is_the_one_that_counts(stock, tmp_path):
+    save_once(tmp_path / "adapter", stock, 2)
+    path = tmp_path / "adapter" / records.SETTINGS_FILE
+    record = json.loads(path.read_text())
+    for base, found in (("a/hub-name", "a/hub-name"), ("/nowhere", None), (str(tmp_path), str(tmp_path))):
+        path.write_text(json.dumps({**record, "base": base}))
+        assert records.find_base(tmp_path / "adapter", records.read_settings(tmp_path / "adapter")) == found
+
+
+def test_the_hosts_own_save_ends_an_earlier_save_of_ours(stock, tmp_path):
+    for form in ("adapter", "full"):
+        with patch(opened(stock), routing=Routing(split=2)) as handle:
+            mark(handle, 1.0)
+            handle.save(tmp_path / form, form=form)
+            mark(handle, 2.0)
+            handle.model.save_pretrained(tmp_path / form)
+        assert saved_number(tmp_path / form) == (2, {2.0})
+        handle.model.save_pretrained(tmp_path / form)  # stock again
+        assert llava_patch.get_handle(opened(tmp_path / form)) is None
+
+
+def test_what_lies_on_another_base_keeps_nothing_of_the_earlier_one(stock, tmp_path):
+    shutil.copytree(stock, tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"max_length": 77}')
+    save_once(tmp_path / "adapter", stock, 2)
+    with patch(opened(tmp_path / "other"), routing=Routing(split=2)) as handle:
+        handle.save(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "generation_config.json").read_text())["max_length"] == 77
+
+
+def test_a_save_that_fails_while_files_are_replaced_keeps_the_only_whole_copy(stock, tmp_path, monkeypatch):
+    save_once(tmp_path / "adapter", stock, 1)
+    replace = Path.replace
+
+    def fails(self, target):
+        if Path(target).name == "llava_patch.safetensors":
+            raise PermissionError(13, "no", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(StorageError, match=r"the rest of the save is in .*adapter-") as said:
+        save_once(tmp_path / "adapter", stock, 2)
+    monkeypatch.undo()
+    rest = Path(str(said.value).split("is in ")[1].split(":")[0])
+    for file in rest.iterdir():
+        file.replace(tmp_path / "adapter" / file.name)
+    assert saved_number(tmp_path / "adapter") == (2, {2.0})

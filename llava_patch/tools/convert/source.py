@@ -89,10 +89,10 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         path = locate(source, patched.WEIGHTS_FILE)
         if path is None:
             raise CheckpointError(f"{source}: {patched.WEIGHTS_FILE} is missing")
-        check_weights(settings, path)
-        stored.check_values(stored.read_tensors(path), path)
         below = _neutral(open_weights(base), host, base)
         own = _neutral({tensor.name: tensor for tensor in read_file(path)}, host, source)
+        check_weights(settings, path)
+        stored.check_values(stored.read_tensors(path), path)
         if host == LLAVA:  # whatever a base says of the tower, llava's loader takes it from its own folder
             below = {k: v for k, v in below.items() if not k.startswith("tower.")}
             if any(k.startswith("tower.") for k in own):
@@ -103,8 +103,8 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         check_samples(below, {k: v for k, v in fingerprint.items() if k not in samples}, source)
         tensors = below | own
     else:
-        check_weights(settings, Path(source))
         tensors = _neutral(open_weights(source), host, source)
+        check_weights(settings, Path(source))
     found = Checkpoint(host, config, record, tensors, sources, samples)
 
     def copy_side_files(out: Path) -> None:

@@ -55,12 +55,12 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     form, own = _form(Path(source), record)
     if record:
         from_record(record, source)  # refuses a newer format
-        if form in (records.ADAPTER, records.FULL):
-            records.check_weights(record, own[0] if form == records.ADAPTER else Path(source))
     # Every field of every method: what an older version did not write down yet has its default.
     settings = {kind: to_dict(from_dict(record[kind], source)) if record.get(kind) else None for kind in KINDS}
     below = base or (records.find_base(source, record) or record["base"] if record.get("base") else None)
     tensors = read_files(own, whole=True)
+    if form in (records.ADAPTER, records.FULL):
+        records.check_weights(record, own[0] if form == records.ADAPTER else Path(source))
     trained_tower = bool(record.get("trained_tower"))
     added = [Added(t.name, t.shape, t.dtype, t.parameters, role(t.name, host)) for t in tensors]
     if form not in ("adapter", "lora", "projector"):

@@ -124,9 +124,7 @@ def test_names_of_tensors_are_not_cut(files, tmp_path):
 def test_a_base_that_is_gone(files, tmp_path):
     _, _, folder = _saved(str(files.hf), tmp_path / "a", "adapter")
     record = json.loads((folder / SETTINGS_FILE).read_text())
-    (folder / SETTINGS_FILE).write_text(
-        json.dumps({**record, "base": str(tmp_path / "gone"), "base_from_here": "gone"})
-    )
+    (folder / SETTINGS_FILE).write_text(json.dumps({**record, "base": str(tmp_path / "gone")}))
     match = inspect_checkpoint(folder).match
     assert match.same is None and "not there any more" in match.note
     with pytest.raises(CheckpointError, match=r"--base .*no such folder"):
