@@ -147,6 +147,8 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
     }
 
     def command(asked: Any, fields: Words, others: Words) -> None:
+        need(f"{name} compare", *measurement.extras)  # before torch, which takes seconds
+
         from llava_patch.core.locks import folder_lock
 
         with folder_lock(common.check_output(asked.output)):
@@ -154,7 +156,6 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
 
     def compared(asked: Any, fields: Words, others: Words) -> None:
         models, output = asked.models, asked.output
-        need(f"{name} compare", *measurement.extras)
         common.check_formats(asked.formats)
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")

@@ -137,7 +137,7 @@ def test_a_command_without_its_extra_says_what_to_type(words, without_extras):
     command = " ".join(words).removesuffix(" run").replace("rprobe correlate", "correlate")
     brings = {package: extra for extra, package in extras.EXTRAS.items()}
     line = ",".join(brings[package] for package in COMMANDS[words].split(" and "))
-    assert ended == [f'llava-patch: {command} needs {COMMANDS[words]}: pip install "llava_patch[{line}]"', ""]
+    assert ended == [1, f'llava-patch: {command} needs {COMMANDS[words]}: pip install "llava_patch[{line}]"\n']
 
 
 def test_missing_extras_are_found_before_anything_is_loaded(without_extras):

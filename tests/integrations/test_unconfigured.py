@@ -48,6 +48,8 @@ LIGHT = {
     "llava_patch.core.compiled",
     "llava_patch.core.errors",
     "llava_patch.core.records",
+    "llava_patch.core.registry",
+    "llava_patch.core.stored",
     "llava_patch.core.undo",
     "llava_patch.core.version",
     "llava_patch.hosts",

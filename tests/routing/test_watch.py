@@ -358,6 +358,8 @@ def test_placeholders_among_embeddings_are_recognised_as_the_host_does(host, kin
     for name, parameter in model.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter += 0.3
+        if "lora_embedding" in name:  # in eighths, sums are exact: however many ids are embedded at once
+            parameter.copy_((parameter * 8).round() / 8)
     batch = host.batch([(2, IMAGE, 5), (3, IMAGE, 9)], "left")
     ids = batch.inputs["input_ids"]
     rest = {k: v for k, v in batch.inputs.items() if k != "input_ids"}

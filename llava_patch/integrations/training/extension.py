@@ -5,7 +5,8 @@ extensions there are, and only where one has something to do there.
 """
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llava_patch.core.undo import UndoStack
+
+logger = logging.getLogger("llava_patch")
 
 GO_ON = ": go on from an earlier checkpoint, or start into another --output_dir"
 """What to do where a file of a checkpoint that a run would go on from cannot be used."""
@@ -79,6 +82,29 @@ def extend(trainer: Any, extension: TrainerExtension) -> None:
     extension.trainer = trainer
     extensions.members.append(extension)
     extensions.replace(_LASTING, UndoStack())
+
+
+def take_no_further_step(trainer: Any, state: Any, undo: UndoStack) -> None:
+    """Let a run that begins end without a step; call it where a run begins, and `undo.unwind()` where it ends.
+
+    Modifications: the Trainer's loader of training data has nothing in it, and `args.ignore_data_skip` is True.
+    """
+    data = trainer.callback_handler.train_dataloader
+    if data is None or isinstance(data, _Nothing):
+        return
+    if state.is_world_process_zero:
+        logger.warning("llava_patch: all %d steps are done: nothing is left to train", state.global_step)
+    undo.set_attribute(trainer.args, "ignore_data_skip", True)  # which would make another loader
+    stock, set_class = type(data), functools.partial(vars(object)["__class__"].__set__, data)  # accelerate hides it
+    set_class(type(stock.__name__, (_Nothing, stock), {}))
+    undo.push(functools.partial(set_class, stock))
+
+
+class _Nothing:
+    """A loader of no data."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 _LASTING = {

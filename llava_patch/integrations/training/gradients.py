@@ -23,7 +23,7 @@ from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
 from llava_patch.integrations.training import engine
-from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.extension import TrainerExtension, extend, take_no_further_step
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
 from llava_patch.measurements.gradients.measurement import Gradients
@@ -111,6 +111,7 @@ class Following(TrainerExtension):
         self._sums: Tensor | None = None
         self._rate: float | None = None
         self._unlogged: list[Step] = []
+        self._undo = UndoStack()
 
     @property
     def folder(self) -> Path:
@@ -133,6 +134,9 @@ class Following(TrainerExtension):
         """Begin with a run, or go on with one that is resumed."""
         self._sums, self._measuring, self._unlogged = None, False, []
         self._check_stop(state)
+        if state.global_step == self.settings.stop:  # broken off between its last checkpoint and its end
+            take_no_further_step(self.trainer, state, self._undo)
+            self.trainer.control.should_training_stop = True  # in the epochs after this one as well
         if not self.trainer.is_world_process_zero():
             return
         self._warn(state.max_steps)
@@ -213,6 +217,7 @@ class Following(TrainerExtension):
 
     def end(self, state: Any) -> None:
         """Write the results."""
+        self._undo.unwind()
         if self._log is None:
             return
         self._write()

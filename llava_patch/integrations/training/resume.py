@@ -20,7 +20,7 @@ from llava_patch.core.registry import KINDS, TRAINING_ONLY
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.hosts import llava_code, lora, zero
 from llava_patch.integrations.training import trainer_folder
-from llava_patch.integrations.training.extension import GO_ON, TrainerExtension, extend
+from llava_patch.integrations.training.extension import GO_ON, TrainerExtension, extend, take_no_further_step
 from llava_patch.patching import beside_peft
 from llava_patch.patching.beside_peft import FILE, kept_by_trainer, settings_of
 from llava_patch.patching.handle import Handle, get_handle
@@ -136,15 +136,8 @@ class _NoFurtherStep(TrainerExtension):
         self._undo = UndoStack()
 
     def begin(self, state: Any) -> None:
-        data = self.trainer.callback_handler.train_dataloader
-        if not 0 < state.max_steps <= state.global_step or data is None:
-            return
-        if state.is_world_process_zero:
-            logger.warning("llava_patch: all %d steps are done: nothing is left to train", state.global_step)
-        self._undo.set_attribute(self.trainer.args, "ignore_data_skip", True)  # which would make another loader
-        stock, set_class = type(data), functools.partial(vars(object)["__class__"].__set__, data)  # accelerate hides it
-        set_class(type(stock.__name__, (stock,), {"__iter__": lambda self: iter(())}))
-        self._undo.push(functools.partial(set_class, stock))
+        if 0 < state.max_steps <= state.global_step:
+            take_no_further_step(self.trainer, state, self._undo)
 
     def end(self, state: Any) -> None:
         self._undo.unwind()

@@ -178,7 +178,8 @@ def finished(run: Run) -> FinalLoss | None:
     except RunError:
         return None
     try:
-        return decode(FinalLoss, _read_back(found["loss"]))
+        loss = found["loss"]
+        return dataclasses.replace(decode(FinalLoss, {**loss, "mean": 0.0}), mean=_read_back(loss["mean"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OtherRunError(f"{path}: loss is not one that a sweep wrote ({error}){again}") from error
 
@@ -203,7 +204,7 @@ def evaluated(run: Run, command: str | None) -> dict[str, float] | None:
     if found.get("command") != command:
         raise OtherRunError(f"{path}: made with --evaluate {found.get('command')!r}, not {command!r}{again}")
     try:
-        written = decode(dict[str, float], _read_back(found["metrics"]))
+        written = {name: _read_back(value) for name, value in found["metrics"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OtherRunError(f"{path}: metrics are not those that a sweep wrote ({error}){again}") from error
     return written if result_files(run.folder / EVALUATION) else None
@@ -217,8 +218,13 @@ def spelled(values: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _read_back(values: Any) -> dict[str, Any]:
-    return {k: _SPELLED.get(v, v) if isinstance(v, str) else v for k, v in values.items()}
+def _read_back(value: Any) -> float:
+    """The number that `spelled` wrote, infinite or not a number as it may be; TypeError: it is none."""
+    if isinstance(value, str) and value in _SPELLED:
+        return _SPELLED[value]
+    if not stored.is_finite(value):
+        raise TypeError(f"expected a number, got {shown(value)}")
+    return float(value)
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_nothing_configured_changes_nothing_in_32_steps(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "extra", "message"),
     [
-        (["--gin_param", "SkipLinks.strid = 2"], {}, "'strid'"),
+        (["--gin_param", "SkipLinks.strid = 2"], {}, "SkipLinks has no setting strid"),
         (["--gin_param", "Routing.split = 9"], {}, "Routing.split = 9 is outside 0..5"),
         (["--gin_param", "Routing.split = 3"], {"tune_mm_mlp_adapter": True}, "leave Routing out of stage 1"),
     ],

@@ -123,7 +123,8 @@ def test_half_precision_model_with_a_new_projector_in_float32(model: Any, tmp_pa
 def test_a_run_that_resumes_keeps_its_split(model: Any, tmp_path: Path, caplog: Any) -> None:
     run, data = tmp_path / "run", Data()
     with patch(model, routing=Routing(split=4)) as handle:
-        handle.save(run_folders.checkpoint(run / "checkpoint-20"), form="full")
+        (run_folders.checkpoint(run / "checkpoint-20") / "model.safetensors").unlink()
+        handle.save(run / "checkpoint-20", form="full")
         (run_folders.checkpoint(run / "checkpoint-30") / "trainer_state.json").unlink()  # goes on from 20
         assert resolve_for_training(model, AUTO, arguments(run), data, collate, Saturation()) == Routing(split=4)
     assert resolve_for_training(model, AUTO, arguments(run), data, collate, Saturation()) == Routing(split=4)

@@ -338,6 +338,8 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(loaded, "load_subject", lambda *args: subject)
     monkeypatch.setattr(Target, "samples", lambda *args, **kwargs: [sample])
     monkeypatch.chdir(tmp_path)
+    for name in ("model", "other"):
+        model.save_pretrained(tmp_path / name)
 
     def run(*words):
         return CliRunner().invoke(app, ["reach", "model", *words])
@@ -347,9 +349,12 @@ def test_the_command(tmp_path, monkeypatch):
     assert "wrote reach/model/reach.png" in done.output and "stock:" in done.output
     done = run("--variants", "lf,pc", "--split", "2")
     assert "LF 1, PC 3" in done.output and get_handle(model) is None
-    assert json.loads((tmp_path / "reach/model/reach_variants.json").read_text())["facts"]["checkpoint"] == "model"
+    assert json.loads((tmp_path / "reach/model/reach_variants.json").read_text())["facts"]["checkpoint"] == str(
+        tmp_path / "model"
+    )
     other = CliRunner().invoke(app, ["reach", "other", "--output", "reach/model"])
-    assert isinstance(other.exception, LlavaPatchError) and "holds the results of model" in str(other.exception)
+    assert isinstance(other.exception, LlavaPatchError)
+    assert f"holds the results of {tmp_path / 'model'}, not of {tmp_path / 'other'}" in str(other.exception)
     assert "--split 2 belongs to --variants" in str(run("--split", "2").exception)
     done = run("--gin-param", "Reach.everything = True", "--gin-param", "Reach.samples = 1", "--output", "all")
     assert "would train" in done.output and json.loads((tmp_path / "all/reach.json").read_text())["samples"] == 1

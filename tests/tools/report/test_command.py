@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from llava_patch.cli.main import app
@@ -112,8 +113,10 @@ def test_the_page_is_written_again_from_its_folder(report, tmp_path):
 
 def test_a_failing_section_is_exit_code_1(files, few, tmp_path):
     data = tmp_path / "data.json"
-    data.write_text(json.dumps([{"id": "a", "image": "lost.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}]))  # fmt: skip
+    Image.new("RGB", (64, 64)).save(tmp_path / "there.png")  # the first image is looked at before a model is loaded
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    images = ("there.png", "lost.png")
+    data.write_text(json.dumps([{"id": image, "image": image, "conversations": turns} for image in images]))
     out = tmp_path / "out"
     done = _run(files.hf, data, "--output", out, "--only", "saturation", "--only", "flops", "--gin-file", few)
     assert done.exit_code == 1 and "failed: saturation" in done.output

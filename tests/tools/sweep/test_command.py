@@ -165,7 +165,7 @@ def test_settings_are_compared_by_meaning(sweep_file, command, calls, tmp_path):
     sweep_file.write_text(text.replace("LAYERS", "[1, 2]").replace("DECAY", "0.0"))
     assert sweep(str(sweep_file), tmp_path / "o", command, seeds=[1]) and len(calls()) == 2
     sweep_file.write_text(text.replace("LAYERS", "[1, 3]").replace("DECAY", "0.0"))
-    with pytest.raises(SettingError, match=r"SkipLinks.layers = \(1, 2\) there, SkipLinks.layers = \[1, 3\] now"):
+    with pytest.raises(SettingError, match=r"SkipLinks.layers = \(1, 2\) there, SkipLinks.layers = \(1, 3\) now"):
         sweep(str(sweep_file), tmp_path / "o", command, seeds=[1])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import logging
 import random
 import weakref
@@ -202,18 +203,37 @@ def test_a_run_that_has_stopped_goes_on_to_a_later_stop_and_no_further(tmp_path)
     first = trainer(tmp_path / "run", **COSINE)
     follow(first, Gradients(window=2, stop=4))
     first.train()
-    for stop, message in ((4, "goes on from step 4: it has ended already; set a later Gradients.stop, or delete"),
-                          (2, "goes on from step 4"), (7, "this run has 6 steps: leave it out")):  # fmt: skip
+    for stop, message in ((2, "goes on from step 4: it has ended already; set a later Gradients.stop, or delete"),
+                          (7, "this run has 6 steps: leave it out")):  # fmt: skip
         again = trainer(tmp_path / "run", **COSINE)
         follow(again, Gradients(window=2, stop=stop))
         with pytest.raises(SettingError, match=f"Gradients.stop = {stop}, but .*{message}"):
             again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 4
+    _ends_where_it_stopped(tmp_path / "run", _weights(first))
     later = trainer(tmp_path / "run", **COSINE)
     following = follow(later, Gradients(window=2, stop=5))
     later.train(resume_from_checkpoint=True)
     assert later.state.global_step == 5 and history(later) == history(whole)[:5]
     assert following.result.steps == expected.result.steps[:5]
+
+
+def _ends_where_it_stopped(folder, weights):
+    """A run that was killed after its stop's checkpoint, before its results."""
+    written = [folder / "gradients" / f"gradients.{suffix}" for suffix in ("json", "png")]
+    before = json.loads(written[0].read_text())
+    for path in written:
+        path.unlink()
+    again = trainer(folder, **COSINE)
+    loader, skips = again.get_train_dataloader(), again.args.ignore_data_skip
+    again.get_train_dataloader = lambda: loader
+    kind, steps = type(loader), []
+    again.training_step = lambda *args, **kwargs: steps.append(args)
+    follow(again, Gradients(window=2, stop=4))
+    again.train(resume_from_checkpoint=True)
+    assert steps == [] and again.state.global_step == 4 and _same(_weights(again), weights)
+    assert json.loads(written[0].read_text()) == before and written[1].is_file()
+    assert type(loader) is kind and again.args.ignore_data_skip == skips and len(list(loader)) > 0
 
 
 def test_one_graph_is_held_at_a_time(tmp_path):
