@@ -332,3 +332,20 @@ def test_a_save_that_fails_while_files_are_replaced_keeps_the_only_whole_copy(st
     for file in rest.iterdir():
         file.replace(tmp_path / "adapter" / file.name)
     assert saved_number(tmp_path / "adapter") == (2, {2.0})
+
+
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_while_weights_are_replaced_the_folder_says_so(form, stock, tmp_path, monkeypatch):
+    """To loaders that know nothing of checksums too."""
+    seen, replace = [], Path.replace
+
+    def noted(self, target):
+        if str(target).startswith(str(tmp_path / "x")) and Path(target).suffix == ".safetensors":
+            config = json.loads((tmp_path / "x" / "config.json").read_text())
+            seen.append((config, (tmp_path / "x" / records.SETTINGS_FILE).exists()))
+        return replace(self, target)
+
+    save_once(tmp_path / "x", stock, 1, form)
+    monkeypatch.setattr(Path, "replace", noted)
+    save_once(tmp_path / "x", stock, 2, form)
+    assert seen == [({"llava_patch": records.UNFINISHED}, False)]
