@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from tests.reliability.place import _saved
+from tests.reliability.place import _saved, open_stock
 
 Read = Callable[[Path], Any]
 
@@ -379,13 +379,60 @@ def inspect(path: Path) -> Any:
     return inspect_checkpoint(str(path.parent)).to_dict()
 
 
-def open_adapter(path: Path) -> Any:
+def load_adapter(path: Path) -> Any:
     """Put the adapter on the stock model, and take it off again."""
-    from llava_patch import load_patched
-    from tests.reliability.place import open_stock
+    import llava_patch
 
-    with mock.patch("transformers.LlavaForConditionalGeneration.from_pretrained", lambda *a, **k: open_stock()):
-        return load_patched(str(path.parent))
+    with llava_patch.load(open_stock(), path.parent) as handle:
+        return handle.settings()
+
+
+def _run_of_sweep(folder: Path) -> Any:
+    from llava_patch.tools.sweep.plan import Run
+
+    return Run({"Routing.split": 2}, 1, folder, ("train",), ("--seed", "1"), ("Routing.split = 2",))
+
+
+def sweep_record(folder: Path) -> Path:
+    from llava_patch.tools.sweep import record
+
+    trainer_state(folder)
+    record.finish(_run_of_sweep(folder), record.final_loss(folder / "trainer_state.json"), 1.0)
+    return folder / record.FILE
+
+
+def read_sweep_record(path: Path) -> Any:
+    from llava_patch.tools.sweep import record
+
+    return record.finished(_run_of_sweep(path.parent)) or "to be done again"
+
+
+def sweep_evaluation(folder: Path) -> Path:
+    from llava_patch.tools.sweep import record
+
+    record.finish_evaluation(_run_of_sweep(folder), "lmms-eval", {"pope/accuracy": 0.5, "x/y": float("inf")})
+    lmms_results(folder)
+    return folder / record.EVALUATION_FILE
+
+
+def read_sweep_evaluation(path: Path) -> Any:
+    from llava_patch.tools.sweep import record
+
+    return record.evaluated(_run_of_sweep(path.parent), "lmms-eval") or "to be done again"
+
+
+def operative(folder: Path) -> Path:
+    from llava_patch.settings import gin_config
+
+    path = folder / "llava_patch_operative.gin"
+    path.write_text(gin_config.read(["dpvr_lf_7b.gin"], ["SkipLinks.stride = 2"]).operative)
+    return path
+
+
+def read_operative(path: Path) -> Any:
+    from llava_patch.settings import gin_config
+
+    return gin_config.read([str(path)], [])
 
 
 KINDS = [
@@ -419,5 +466,11 @@ KINDS = [
     Kind("samples.jsonl", samples, read_samples),
     Kind("an adapter's settings", _of_adapter("llava_patch.json"), inspect),
     Kind("an adapter's weights", _of_adapter("llava_patch.safetensors"), inspect),
+    Kind("an adapter's settings, loaded", _of_adapter("llava_patch.json"), load_adapter),
+    Kind("an adapter's weights, loaded", _of_adapter("llava_patch.safetensors"), load_adapter),
+    Kind("a full checkpoint's weights", _of_adapter("model.safetensors", "full"), inspect),
+    Kind("a sweep's record", sweep_record, read_sweep_record),
+    Kind("a sweep's evaluation", sweep_evaluation, read_sweep_evaluation),
+    Kind("an operative gin file", operative, read_operative),
     Kind("a full checkpoint's config", _of_adapter("config.json", "full"), inspect),
 ]  # fmt: skip
