@@ -169,6 +169,20 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def _appears(new: Path, folder: Path) -> bool:
+    """Put a whole folder in the place of one that is missing or empty; False: there are files in it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        return False
+    try:
+        new.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False  # another process, such as another rank of this run, was first
+    _sync(folder.parent)
+    return True
+
+
 @contextlib.contextmanager
 def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str] = ()) -> Iterator[Path]:
     """A new folder beside `folder` (in it, where it `stays`) whose files take their places in it at a good end.
@@ -178,12 +192,11 @@ def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str]
     until then, from before the first one is replaced, they hold a text that says so (None: are not there), so that what
     a process leaves that is killed in between cannot be taken for either. StorageError as of `atomic`.
     """
-    if not stays(folder) and (not folder.is_dir() or not any(folder.iterdir())):
-        with atomic(folder, folder=True) as new:
-            yield new
-        return
     folder = _real(folder)
     with storage_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise StorageError(f"{folder}: a file is in the way of this folder: name another one")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         new = folder / beside(folder).name if stays(folder) else beside(folder)
         begun = False
         try:
@@ -193,6 +206,8 @@ def staged(folder: Path, last: Mapping[str, str | None], replaced: Iterable[str]
             _share(written)
             for file in written:
                 _sync(file)
+            if not stays(folder) and _appears(new, folder):
+                return
             begun = True  # from here on `new` is the only whole copy
             for name, text in last.items():
                 if text is None:

@@ -349,3 +349,18 @@ def test_while_weights_are_replaced_the_folder_says_so(form, stock, tmp_path, mo
     monkeypatch.setattr(Path, "replace", noted)
     save_once(tmp_path / "x", stock, 2, form)
     assert seen == [({"llava_patch": records.UNFINISHED}, False)]
+
+
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_ranks_that_all_save_the_same_model_do_not_disturb_one_another(form, stock, tmp_path):
+    def save(folder: Path) -> None:
+        torch.set_num_threads(1)
+        for _ in range(8):
+            save_once(folder, stock, 2, form)
+        os._exit(0)
+
+    ranks = [begin(save, tmp_path / "x") for _ in range(3)]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert saved_number(tmp_path / "x") == (2, {2.0}) and not list(tmp_path.glob(".*"))
