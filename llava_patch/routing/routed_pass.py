@@ -479,4 +479,8 @@ class RoutedPass:
 
 def _before(others: Tensor, own: Tensor) -> Tensor:
     """Heads of other positions in front of a layer's own: [batch, heads, positions, head_dim]."""
+    if not others.shape[2]:
+        # A copy would have another layout than the layer's own view, by which kernels of some CPUs round otherwise. The
+        # sum of nothing brings `others` its gradient of zero.
+        return own + others.sum().to(own.dtype) if others.requires_grad else own
     return torch.cat([others, own], dim=2)
