@@ -47,8 +47,10 @@ class Loading(NamedTuple):
         """The settings file of a patched checkpoint's folder; what its config.json says is checked as well."""
         if not isinstance(self.path, (str, os.PathLike)):
             return None
-        records.checkpoint_record(self.path)
-        return records.read_settings(self.path)
+        record = records.read_settings(self.path)
+        if record is None:
+            records.checkpoint_record(self.path)
+        return record
 
 
 def load(call: Loading) -> Any:

@@ -90,9 +90,11 @@ def read(folder: str | os.PathLike[str], vision_tower: str | None = None) -> Che
         if path is None:
             raise CheckpointError(f"{source}: {patched.WEIGHTS_FILE} is missing")
         below = _neutral(open_weights(base), host, base)
-        own = _neutral({tensor.name: tensor for tensor in read_file(path)}, host, source)
+        held = read_file(path)
+        own = _neutral({tensor.name: tensor for tensor in held}, host, source)
         check_weights(settings, path)
-        stored.check_values(stored.read_tensors(path), path)
+        for tensor in held:  # one at a time in memory
+            stored.check_values({tensor.name: tensor()}, path)
         if host == LLAVA:  # whatever a base says of the tower, llava's loader takes it from its own folder
             below = {k: v for k, v in below.items() if not k.startswith("tower.")}
             if any(k.startswith("tower.") for k in own):
