@@ -1,0 +1,1 @@
+"""The small models: tasks that are rendered, models made from configurations, their training."""

@@ -1,0 +1,1 @@
+"""One folder a study: what is run, and what its results say."""
