@@ -36,6 +36,7 @@ class Finding:
         least: the smallest effect that counts.
         values: figures beside it, one a seed.
         note: the caveat.
+        short: the claim in a few words, where it belongs on the project's first page.
     """
 
     claim: str
@@ -48,6 +49,7 @@ class Finding:
     least: float = 0.0
     values: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
+    short: str = ""
 
     @property
     def verdict(self) -> str:

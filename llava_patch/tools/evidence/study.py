@@ -18,8 +18,9 @@ from llava_patch.core.files import atomic
 from llava_patch.core.stored import read_object, read_tensors
 from llava_patch.tools.evidence.findings import Found
 
-STUDIES = ("gradients", "rprobe", "saturation", "routing", "detach", "correlate", "both")
+STUDIES: tuple[str, ...] = ()
 """Folders of `studies`, in the order of the report: instruments before what is measured with them."""
+_FRAME = (__name__, f"{__package__}.findings")  # decide no number of a run
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Size:
     """How large a tier is.
 
     Attributes:
-        name: "quick", "cpu" or "gpu"; a study keys its own shapes by it.
+        name: "cpu" or "gpu"; a study keys its own shapes by it.
         seeds: every run is done for seeds 0 ... seeds - 1.
         scale: factor on steps and pages, where a study takes one.
     """
@@ -37,7 +38,7 @@ class Size:
     scale: float = 1.0
 
 
-SIZES = {"quick": Size("quick"), "cpu": Size("cpu"), "gpu": Size("gpu", seeds=5, scale=2.5)}
+SIZES = {"cpu": Size("cpu"), "gpu": Size("gpu", seeds=5, scale=2.5)}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ def _collect(module: ModuleType, seen: dict[str, str]) -> None:
     name = module.__name__
     if name in seen or not name.startswith(f"{__package__}."):
         return
-    seen[name] = "" if name == __name__ else inspect.getsource(module)  # the frame decides no number
+    if name in _FRAME:
+        return
+    seen[name] = inspect.getsource(module)
     for value in vars(module).values():
         other = value if inspect.ismodule(value) else inspect.getmodule(value) if callable(value) else None
         if other is not None:
