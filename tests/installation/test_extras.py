@@ -12,7 +12,17 @@ from llava_patch.core.errors import MissingExtraError
 
 from .project import ROOT, core, extra, module_of
 
-HOSTS = {"llava", "lmms_eval", "peft", "deepspeed", "accelerate", "huggingface_hub", "yaml", "bitsandbytes"}
+HOSTS = {
+    "llava",
+    "lmms_eval",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "huggingface_hub",
+    "yaml",
+    "bitsandbytes",
+    "tokenizers",
+}
 """What llava_patch works on and what that brings: there when it is asked to, imported where it is used."""
 INSIDE = {"lmms_eval": HOSTS | {"datasets"}, "llava": {"llava"}}
 """Files that a host imports may import that host, and what it needs itself, at their top."""
@@ -25,7 +35,7 @@ COMMANDS = {
     ("gradients", "show"): "matplotlib", ("attention-maps",): "matplotlib", ("reach",): "matplotlib",
     ("rprobe", "preview"): "matplotlib", ("rprobe", "run"): "matplotlib and scipy",
     ("rprobe", "compare"): "matplotlib and scipy", ("rprobe", "correlate"): "matplotlib and scipy",
-    ("correlate",): "matplotlib and scipy",
+    ("correlate",): "matplotlib and scipy", ("evidence",): "matplotlib and jinja2 and scipy",
 }  # fmt: skip
 CORE = {
     ("doctor",), ("inspect",), ("gin-files",), ("convert",), ("merge",), ("gradients", "table"), ("rprobe", "export"),
