@@ -26,7 +26,7 @@ from llava_patch.integrations.training import engine
 from llava_patch.integrations.training.extension import TrainerExtension, extend, take_no_further_step
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
-from llava_patch.measurements.gradients.measurement import Gradients
+from llava_patch.measurements.gradients.measurement import TOWER, Gradients, name_of
 from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.gradients.statistics import STATE, Window
@@ -85,6 +85,8 @@ def check(model: nn.Module, arguments: Any, settings: Gradients) -> int:
         '(LLaVA\'s scripts/zero2.json; Flags.deepspeed = "./scripts/zero2.json")'
     )
     against = {
+        "Gradients.curvature in a training run: leave it out, and measure its checkpoints (llava-patch gradients CKPT "
+        "--curvature 0.001)": settings.curvature is not None,
         "--fsdp, which cuts weights up: use DeepSpeed ZeRO-2": engine.uses_fsdp(arguments),
         f"one process on {arguments.n_gpu} GPUs (nn.DataParallel): launch with torchrun or deepspeed, or set "
         "CUDA_VISIBLE_DEVICES to one": arguments.n_gpu > 1,
@@ -221,7 +223,7 @@ class Following(TrainerExtension):
         if self._log is None:
             return
         self._write()
-        print(f"llava_patch: gradient statistics of block {self.block} in {self.folder}", flush=True)
+        print(f"llava_patch: gradient statistics of {name_of(self.block)} in {self.folder}", flush=True)
         self._log = None
 
     def _write(self) -> None:
@@ -273,9 +275,9 @@ class Following(TrainerExtension):
             )  # fmt: skip
         if not any(p.requires_grad for p in self._parameters()):
             logger.warning(
-                "Gradients: block %d of the vision tower does not train in this run (train_tower): what is measured is "
-                "a gradient that no step applies",
-                self.block,
+                "Gradients: %s does not train in this run (train_tower): what is measured is a gradient that no step "
+                "applies",
+                name_of(self.block) if self.block == TOWER else f"{name_of(self.block)} of the vision tower",
             )
 
 

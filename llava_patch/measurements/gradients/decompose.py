@@ -1,4 +1,4 @@
-"""The gradient of one block of the vision tower, with and without what comes through the skip taps.
+"""The gradient of one block of the vision tower, or of all of it, with and without what comes through the skip taps.
 
 Source: "Detached Skip-Links and R-Probe", appendix C.1. Nothing of the run changes: gradients come from
 `torch.autograd.grad` over stand-ins of the block's parameters, which share their values, so that neither `.grad` nor
@@ -19,7 +19,8 @@ from llava_patch.core.undo import UndoStack, holding
 from llava_patch.fusion.features import detaching
 from llava_patch.fusion.training import lift_no_grad
 from llava_patch.hosts import zero
-from llava_patch.measurements.gradients.measurement import ATTACHED, RUN
+from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.measurements.gradients.measurement import ATTACHED, RUN, TOWER, name_of
 from llava_patch.patching.handle import get_handle
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name on every module that can checkpoint
@@ -28,7 +29,7 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name on every modu
 def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) -> int:
     """The number of the block that is measured, checked against the fusion of a model whose tower may not be loaded.
 
-    `block` None is the shallowest tapped one; for `full`, see `Gradients`.
+    `block` None is the shallowest tapped one, 0 the whole tower; for `full`, see `Gradients`.
 
     Raises:
         SettingError: no fusion, no tap through which a gradient reaches the block, or a block above the main feature.
@@ -54,8 +55,9 @@ def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) 
     if not any(b >= block for b in attached):
         if full == RUN and any(b >= block for b in taps.blocks):
             raise SettingError(
-                f"{name} detaches every tap from block {block} on, so the skip gradient there is zero: set "
-                f'Gradients.full = "{ATTACHED}" to measure what detaching keeps away, or choose another Gradients.block'
+                f"{name} detaches every tap{f' from block {block} on' if block else ''}, so the skip gradient there "
+                f'is zero: set Gradients.full = "{ATTACHED}" to measure what detaching keeps away'
+                + (", or choose another Gradients.block" if block else "")
             )
         raise SettingError(
             f"Gradients.block = {block}: {name} taps blocks {', '.join(map(str, taps.blocks))}, and none of them is "
@@ -64,8 +66,20 @@ def measured_block(model: nn.Module, block: int | None = None, full: str = RUN) 
     return block
 
 
+def region(anatomy: Anatomy, block: int) -> nn.Module:
+    """The module whose parameters are meant: a block of the loaded vision tower, or (0) the tower's model."""
+    parts = anatomy.vision_parts()
+    if block != TOWER:
+        return parts.blocks[block - 1]
+    whole = anatomy.vision_model
+    assert whole is not None
+    return whole
+
+
 def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
     """The parameters of a vision block whose gradient is taken, by name: all that are floating-point numbers.
+
+    Of the whole tower (0), also those that the main path does not pass: their gradients are zero.
 
     Raises:
         HostError: the tower is not loaded, or the block has only quantised weights.
@@ -73,7 +87,7 @@ def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
     """
     handle = get_handle(model)
     assert handle is not None
-    module = handle.anatomy.vision_parts().blocks[block - 1]
+    module = region(handle.anatomy, block)
     found = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
     if zero.is_partitioned(found.values()):
         raise SettingError(
@@ -81,9 +95,7 @@ def block_parameters(model: nn.Module, block: int) -> dict[str, nn.Parameter]:
             "scripts/zero2.json)"
         )
     if not found:
-        raise HostError(
-            f"block {block} of the vision tower has no floating-point weights (quantised): load it in 16 bit"
-        )
+        raise HostError(f"{_of_the_tower(block)} has no floating-point weights (quantised): load it in 16 bit")
     return found
 
 
@@ -109,7 +121,7 @@ def decompose(
         model: a patched host model with a loaded tower, possibly wrapped.
         loss_of: runs a forward pass on the batch and returns its loss, a scalar; called twice. It should call the bare
             model, not DDP's wrapper, which would wait for gradients.
-        block: number of the vision block, see `measured_block`.
+        block: number of the vision block, 0 for the whole tower, see `measured_block`.
         full: see `Gradients.full`.
         scale: the loss is multiplied by it before the backward pass and the gradients are divided by it, as a loss
             scaler does for float16.
@@ -124,6 +136,24 @@ def decompose(
         InputError: the loss is no scalar, or no gradient reaches the block from it (a batch without images).
     """
     measured_block(model, block, full)
+    main, whole = _taken(model, loss_of, block, (True, False if full == ATTACHED else None), scale, images)
+    return main, whole
+
+
+def slope(model: nn.Module, loss_of: Callable[[], Tensor], block: int) -> Tensor:
+    """The gradient of the loss itself, no tap detached; arguments, effects and errors as of `decompose`."""
+    return _taken(model, loss_of, block, (False,), 1.0, True)[0]
+
+
+def _taken(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    block: int,
+    states: tuple[bool | None, ...],
+    scale: float,
+    images: bool,
+) -> list[Tensor]:
+    """The gradient under each state of `detaching`, from the same random numbers."""
     block_parameters(model, block)  # refuses before anything changes
     handle = get_handle(model)
     assert handle is not None
@@ -131,17 +161,17 @@ def decompose(
     # The auxiliary loss counts the run's own forward passes alone.
     quiet = contextlib.nullcontext() if handle.auxiliary is None else handle.auxiliary.unobserved()
     with UndoStack() as undo, torch.enable_grad(), quiet:
-        leaves = _stand_in(handle.anatomy.vision_parts().blocks[block - 1], undo)
+        leaves = stand_in(region(handle.anatomy, block), undo)
         if handle.anatomy.tower_apart:
             lift_no_grad(handle.anatomy, undo)
         for module in handle.model.modules():
             if _CHECKPOINT in vars(module):
                 undo.set_attribute(module, _CHECKPOINT, functools.partial(checkpoint, use_reentrant=False))
         found = []
-        for detached in (True, False if full == ATTACHED else None):
+        for detached in states:
             with holding(detaching, detached), torch.random.fork_rng(devices):
                 found.append(_gradient(loss_of, leaves, block if images else None, scale))
-    return found[0], found[1]
+    return found
 
 
 def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: int | None, scale: float) -> Tensor:
@@ -153,7 +183,7 @@ def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: 
         parts = torch.autograd.grad(loss.reshape(()) * scale, leaves, allow_unused=True)
     if block is not None and all(part is None for part in parts):
         raise InputError(
-            f"no gradient of the loss reaches block {block} of the vision tower: the batch has no image, or the model "
+            f"no gradient of the loss reaches {_of_the_tower(block)}: the batch has no image, or the model "
             "runs its images under no_grad"
         )
     flat = [
@@ -164,14 +194,24 @@ def _gradient(loss_of: Callable[[], Tensor], leaves: list[nn.Parameter], block: 
     return joined if scale == 1 else joined / scale
 
 
-def _stand_in(block: nn.Module, undo: UndoStack) -> list[nn.Parameter]:
-    """Leaves in the parameters' places: no hook of the run hangs on them, and they need a gradient whatever trains."""
+def _of_the_tower(block: int) -> str:
+    return name_of(block) if block == TOWER else f"{name_of(block)} of the vision tower"
+
+
+def stand_in(
+    module: nn.Module, undo: UndoStack, value: Callable[[Tensor], Tensor] = lambda parameter: parameter
+) -> list[nn.Parameter]:
+    """Leaves in the parameters' places: no hook of the run hangs on them, and they need a gradient whatever trains.
+
+    Each takes the `value` of its parameter, in the order of `block_parameters`; by default they share memory.
+    """
     leaves: dict[int, nn.Parameter] = {}
-    for module in block.modules():
-        for name, parameter in list(module._parameters.items()):
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
             if parameter is None or not parameter.is_floating_point():
                 continue
-            leaf = leaves.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=True))
-            module._parameters[name] = leaf
-            undo.push(functools.partial(module._parameters.__setitem__, name, parameter))
+            if id(parameter) not in leaves:
+                leaves[id(parameter)] = nn.Parameter(value(parameter.detach()), requires_grad=True)
+            part._parameters[name] = leaves[id(parameter)]
+            undo.push(functools.partial(part._parameters.__setitem__, name, parameter))
     return list(leaves.values())

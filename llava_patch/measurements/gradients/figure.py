@@ -8,6 +8,7 @@ from typing import Any
 from llava_patch.core.extras import optional
 from llava_patch.core.plotting import IMAGE, SPLIT, TEXT, panels
 from llava_patch.measurements.base import drawn
+from llava_patch.measurements.gradients.measurement import name_of
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.result import GradientsResult
 
@@ -57,7 +58,7 @@ def gradients_figure(result: GradientsResult) -> Any:
             axis.axvline(result.transition, color=SPLIT, ls="--", lw=1.2, label=label)
         _step_axis(axis, [s.step for s in result.steps], "training step" if result.trains else "batch")
     facts = result.facts
-    parts = [f"block {facts['block']}"] if "block" in facts else []
+    parts = [name_of(facts["block"])] if "block" in facts else []
     parts += [str(facts["fusion"]).split("(")[0]] if facts.get("fusion") else []
     parts += [f"learning rate {facts['learning_rate']:g}"] if result.trains and facts.get("learning_rate") else []
     parts += [f"batch {facts['batch']}"] if facts.get("batch") else []

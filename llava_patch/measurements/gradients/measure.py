@@ -1,8 +1,9 @@
 """Gradient statistics at one fixed checkpoint: what the gradients would be if training went on from it now."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.data.examples import Example
 from llava_patch.data.inputs import IGNORED, Inputs
 from llava_patch.hosts.anatomy import find
+from llava_patch.measurements.gradients.curvature import bends
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, READING, StepLog, read_lines
 from llava_patch.measurements.gradients.measurement import Gradients
@@ -69,6 +71,9 @@ def measure_gradients(
     the measured block frozen meanwhile, which saves memory; the generators are seeded with the batch's number, so that
     dropout is the same in a measurement that goes on.
 
+    With `settings.curvature`, the curvature along each batch's gradients is measured on the batch after it (the first,
+    after the last): four more forward and backward passes an example. One batch alone has none.
+
     Args:
         model: a patched host model with a loaded tower.
         batches: each a list of functions that give the keyword arguments of the model's forward for one example, with
@@ -111,10 +116,14 @@ def measure_gradients(
         with keeping_flags(model):
             model.train().requires_grad_(False)
             for number, batch in files.track(list(enumerate(batches, 1))[noted:], "gradients", progress):
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(number)
+                with seeded(number, device):
                     main, full = _gradients(model, batch, block, settings.full)
-                step, moments = window.add(number, main, full)
+                bent = None
+                if settings.curvature is not None and len(batches) > 1:
+                    with seeded(number, device):
+                        other = batches[number % len(batches)]
+                        bent = _bends(model, other, block, (full, main), settings.curvature)
+                step, moments = window.add(number, main, full, bends=bent)
                 steps.append(step)
                 windows += [] if moments is None else [moments]
                 if log is not None:
@@ -183,21 +192,47 @@ def _gradients(model: nn.Module, batch: Batch, block: int, full: str) -> tuple[T
     """Main and full gradient of a batch's mean loss over its scored tokens."""
     sums: Tensor | None = None
     total = 0
-    for example in batch:
-        inputs = {"use_cache": False, **example()}
-        labels = inputs.get("labels")
-        scored = 0 if labels is None else int((labels[:, 1:] != IGNORED).sum())
-        if not scored:
-            raise InputError("gradient statistics need the loss: an example has no labels, or no scored token")
-
-        def loss(inputs: Mapping[str, Any] = inputs) -> Tensor:
-            outputs = model(**inputs)
-            return outputs.loss if hasattr(outputs, "loss") else outputs[0]
-
-        parts = torch.stack(decompose(model, loss, block, full)) * scored
+    for inputs, scored in map(_scored, batch):
+        parts = torch.stack(decompose(model, functools.partial(_loss, model, inputs), block, full)) * scored
         sums = parts if sums is None else sums + parts
         total += scored
     if sums is None:
         raise InputError("gradient statistics: a batch without examples")
     main, both = sums / total
     return main, both
+
+
+def _bends(
+    model: nn.Module, batch: Batch, block: int, directions: tuple[Tensor, Tensor], share: float
+) -> tuple[float, float]:
+    """<g, H g> of both gradients, H being the Hessian of a batch's mean loss over its scored tokens."""
+    total, sums = 0, [0.0, 0.0]
+    for inputs, scored in map(_scored, batch):
+        found = bends(model, functools.partial(_loss, model, inputs), block, directions, share)
+        sums = [before + scored * one for before, one in zip(sums, found, strict=True)]
+        total += scored
+    return sums[0] / total, sums[1] / total
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that begin at a seed; the generators come back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _scored(example: Callable[[], Mapping[str, Any]]) -> tuple[dict[str, Any], int]:
+    """An example's inputs, and how many of its tokens the loss is a mean of."""
+    inputs = {"use_cache": False, **example()}
+    labels = inputs.get("labels")
+    scored = 0 if labels is None else int((labels[:, 1:] != IGNORED).sum())
+    if not scored:
+        raise InputError("gradient statistics need the loss: an example has no labels, or no scored token")
+    return inputs, scored
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    outputs = model(**inputs)
+    loss: Tensor = outputs.loss if hasattr(outputs, "loss") else outputs[0]
+    return loss

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RUN, ATTACHED = "run", "attached"
 FULL = (RUN, ATTACHED)
+TOWER = 0
+"""`Gradients.block` of the whole tower."""
 BATCH = 4
 WINDOW = 16
 """Batches of one window in a report, where `Gradients.window` is not bound: three windows from a report's 48."""
@@ -28,8 +30,8 @@ class Gradients:
     """Settings of the gradient statistics; the defaults are this project's choice unless a source is named.
 
     Attributes:
-        block: block of the vision tower whose parameters are looked at, from 1; None: the shallowest tapped one (the
-            Skip-Links paper: "the first skip-link block", 6).
+        block: block of the vision tower whose parameters are looked at, from 1; 0: the whole tower at once; None: the
+            shallowest tapped one (the Skip-Links paper: "the first skip-link block", 6).
         full: what the full gradient is: "run", through the taps as the run has them (appendix C, "a standard forward
             and backward pass"), or "attached", as if no tap were detached: what `detach` keeps away from the block.
         every: measure every so many training steps.
@@ -42,6 +44,9 @@ class Gradients:
             windows (appendix C.4: "for consecutive windows").
         smoothness: L of condition (7); None: only the product of L and the step size that it needs is reported.
         step_size: its step size, gamma; None: the learning rate of the run (of the measured block, where it trains).
+        curvature: at a fixed checkpoint, also measure the curvature of the loss along both gradients, which is L of
+            condition (7) where `smoothness` is None; the number is the distance gone from the weights, as a share of
+            their norm, such as 0.001; None: not measured.
     """
 
     block: int | None = None
@@ -54,12 +59,13 @@ class Gradients:
     transition_windows: int = 3
     smoothness: float | None = None
     step_size: float | None = None
+    curvature: float | None = None
 
     def __post_init__(self) -> None:
         choice("Gradients", "full", self.full, FULL)
         for name in ("every", "window", "start", "transition_windows", "block", "steps", "stop"):
             if name not in ("block", "steps", "stop") or getattr(self, name) is not None:
-                integer("Gradients", name, getattr(self, name), 2 if name == "window" else 1)
+                integer("Gradients", name, getattr(self, name), {"window": 2, "block": 0}.get(name, 1))
         last = self.start + (self.steps or 1) - 1
         if self.stop is not None and self.stop < last:
             asked = f"start = {self.start}" + ("" if self.steps is None else f" and Gradients.steps = {self.steps}")
@@ -67,7 +73,7 @@ class Gradients:
                 f"Gradients.stop = {self.stop} ends the run before step {last}, which Gradients.{asked} asks for: stop "
                 "later or measure fewer steps"
             )
-        for name in ("smoothness", "step_size"):
+        for name in ("smoothness", "step_size", "curvature"):
             if (value := getattr(self, name)) is not None:
                 number("Gradients", name, value, above=0)
 
@@ -75,6 +81,11 @@ class Gradients:
         """Whether a training step (from 1) is measured."""
         behind = step - self.start
         return behind >= 0 and behind % self.every == 0 and (self.steps is None or behind < self.steps)
+
+
+def name_of(block: Any) -> str:
+    """A measured block in words."""
+    return "the whole tower" if block == TOWER else f"block {block}"
 
 
 class GradientsMeasurement(Measurement):

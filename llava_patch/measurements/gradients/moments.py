@@ -22,6 +22,8 @@ class Step:
     full: float  # of their sum
     inner: float  # inner product of main and skip gradient
     learning_rate: float | None = None  # of the measured block in this step
+    full_bend: float | None = None  # <g_full, H g_full>, H the Hessian of another batch's loss; None: not measured
+    main_bend: float | None = None  # <g_main, H g_main>, alike
 
     @property
     def finite(self) -> bool:
@@ -43,7 +45,7 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, cosine and ratio included."""
-        return {**asdict(self), "cosine": self.cosine, "ratio": self.ratio}
+        return {**_known(self), "cosine": self.cosine, "ratio": self.ratio}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Moments:
     skip_mean: float  # ||s||^2
     mean_inner: float  # <m, s>
     learning_rate: float | None = None  # mean of the steps'
+    full_bend: float | None = None  # mean of <g_full, H g_full>; None: not measured in every step
+    main_bend: float | None = None  # mean of <g_main, H g_main>
 
     @property
     def full_mean(self) -> float:
@@ -169,24 +173,94 @@ class Moments:
             return math.nan
         return math.inf if self.penalty >= 0 else 2 * self.gain / self.penalty
 
+    @property
+    def curvature(self) -> float:
+        """Of the loss along the full gradient, E <g, H g> / E ||g||^2: the L of condition (7); NaN: not measured."""
+        return math.nan if self.full_bend is None else _over_signed(self.full_bend, self.full_square)
+
+    @property
+    def main_curvature(self) -> float:
+        """Of the loss along the main gradient, alike. Condition (7) takes one L for both."""
+        return math.nan if self.main_bend is None else _over_signed(self.main_bend, self.main_square)
+
+    @property
+    def main_gain(self) -> float:
+        """<m + s, m>, what a step along the main gradient gains to first order, as `gain` over different steps."""
+        k = self.count
+        if k < 2:
+            return math.nan
+        return (k * (self.mean_inner + self.main_mean) - (self.inner + self.main_square)) / (k - 1)
+
+    @property
+    def stretch(self) -> float:
+        """How many times longer the full gradient is than the main one: root of E ||g_full||^2 / E ||g_main||^2."""
+        return math.sqrt(_over(max(self.full_square, 0.0), self.main_square))
+
+    def detach_gain(self, step_size: float, smoothness: float | None = None) -> float:
+        """What condition (7) says that detaching gains in one plain step, E L(full step) - E L(detached step).
+
+        gamma * (gamma * L / 2 * penalty - gain): (7) holds where it is not negative. `smoothness` is L; None: the
+        curvature along the full gradient.
+        """
+        bound = self.curvature if smoothness is None else smoothness
+        return step_size * (step_size * bound / 2 * self.penalty - self.gain)
+
+    def detach_gain_own(self, step_size: float) -> float:
+        """The same with each path's own curvature in the place of one L: the loss to second order."""
+        if self.full_bend is None or self.main_bend is None:
+            return math.nan
+        return step_size * (step_size / 2 * (self.full_bend - self.main_bend) - self.gain)
+
+    def same_length_gain(self, step_size: float) -> float:
+        """Control: what a main gradient of the full one's length gains over the full one, with own curvatures.
+
+        What is left of `detach_gain_own` when the detached step is no shorter.
+        """
+        if self.full_bend is None or self.main_bend is None:
+            return math.nan
+        first = self.stretch * self.main_gain - (self.main_gain + self.gain)
+        return step_size * (first + step_size / 2 * (self.full_bend - self.stretch**2 * self.main_bend))
+
     def to_dict(self, smoothness: float | None = None, step_size: float | None = None) -> dict[str, Any]:
-        """Plain values: what is stored, then what follows; `step_size` None is the window's learning rate."""
+        """Plain values: what is stored, then what follows; `step_size` None is the window's learning rate.
+
+        `smoothness` None is the curvature, where it was measured.
+        """
         gamma = self.learning_rate if step_size is None else step_size
-        known = smoothness is not None and gamma is not None
+        bound = self.curvature if smoothness is None else smoothness
+        known = gamma is not None and not math.isnan(bound)
         derived = (
             "full_mean", "main_trace", "skip_trace", "full_trace", "cross", "correlation", "delta", "delta_bound", "c",
             "rho", "alignment",
         )  # fmt: skip
         return {
-            **asdict(self),
+            **_known(self),
             **{name: getattr(self, name) for name in derived},
             **{f"{path}_trace_debiased": getattr(self, f"{path}_trace") * self.bessel for path in PATHS},
             **{f"{path}_snr": self.snr(path) for path in PATHS},
             "snr_floor": 1 / self.count,
             **{name: getattr(self, name) for name in ("gain", "penalty", "product_needed", "product_limit")},
             "step_size": gamma,
-            "condition": self.holds(smoothness * gamma) if known else None,  # type: ignore[operator]
+            "condition": self.holds(bound * gamma) if known and gamma is not None else None,
+            **({} if self.full_bend is None else self._curved(gamma, smoothness)),
         }
+
+    def _curved(self, gamma: float | None, smoothness: float | None) -> dict[str, Any]:
+        """What follows from the measured curvature."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("curvature", "main_curvature", "stretch")}
+        if gamma is None:
+            return found
+        gains = {"detach_gain": self.detach_gain(gamma, smoothness), "detach_gain_own": self.detach_gain_own(gamma)}
+        return {**found, **gains, "same_length_gain": self.same_length_gain(gamma)}
+
+
+def _known(values: Step | Moments) -> dict[str, Any]:
+    """The fields; those of the curvature only where it was measured, so that files without it are as they were."""
+    return {name: value for name, value in asdict(values).items() if value is not None or not name.endswith("_bend")}
+
+
+def _over_signed(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan
 
 
 def _over(above: float, below: float) -> float:

@@ -13,7 +13,7 @@ from llava_patch.core.errors import CheckpointError, InputError
 from llava_patch.core.files import plain
 from llava_patch.measurements.base import DAMAGED, Result, decode, decode_fields, encode
 from llava_patch.measurements.gradients.log import ADVICE, LOG, read_lines
-from llava_patch.measurements.gradients.measurement import Gradients
+from llava_patch.measurements.gradients.measurement import Gradients, name_of
 from llava_patch.measurements.gradients.moments import PATHS, Moments, Step
 from llava_patch.measurements.gradients.statistics import transition_step
 
@@ -21,6 +21,17 @@ NAME = "gradients"
 WHOLE = f"{NAME}.json"
 PLACES = ("", "gradients", "seed*/gradients", "*/seed*/gradients")
 """Where a run's results lie: in its folder, a training run's, a sweep's point or a whole sweep."""
+CURVED = {
+    "curvature": "curvature along the full gradient, L",
+    "main_curvature": "curvature along the main gradient",
+    "stretch": "||g_full|| / ||g_main||",
+}
+GAINS = {
+    "detach_gain": "gain of detaching by (7)",
+    "detach_gain_own": "gain of detaching, own curvatures",
+    "same_length_gain": "gain at the full one's length",
+}
+"""Rows of what the curvature predicts for one plain step."""
 SMALL_C = 0.01
 """Below this c, a correlation of 0.005 between the paths' noise already makes delta 0.1, the paper's bound."""
 
@@ -132,7 +143,7 @@ class GradientsResult(Result):
         """A few sentences: what the skip path brings to the block."""
         measured = [s for s in self.steps if s.finite]
         unit = "step" if self.trains else "batch"
-        block = f"block {self.facts['block']}" if "block" in self.facts else "the block"
+        block = name_of(self.facts["block"]) if "block" in self.facts else "the block"
         if not measured:
             return f"No {unit} with finite gradients at {block} was measured."
         if all(s.skip == 0 for s in measured):
@@ -158,6 +169,7 @@ class GradientsResult(Result):
                     f"{_number(self.typical('delta_bound'))}"
                 )
             text += f"Over {windows}: variance {_number(c)} times the main path's (c), {cross}. {self._condition()} "
+            text += self._predicted()
         if not self.trains:
             return text.rstrip()
         if self.transition is not None:
@@ -181,6 +193,30 @@ class GradientsResult(Result):
             where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
         return f"Condition (7) holds {where} (smoothness times step size; median)."
 
+    def _predicted(self) -> str:
+        """What detaching gains in a step by the measured curvature; nothing where there is none."""
+        curvature, needed = self.typical("curvature"), self.typical("product_needed")
+        if math.isnan(curvature):
+            return ""
+        text = f"Curvature along the full gradient {_number(curvature)}, along the main one "
+        text += f"{_number(self.typical('main_curvature'))}"
+        gains = self.gains()
+        if not gains:
+            reached = curvature > 0 and 0 < needed < math.inf
+            return text + (f", so (7) takes a step size of {_number(needed / curvature)}. " if reached else ". ")
+        told = {name: _number(_median(one[name] for one in gains)) for name in GAINS}
+        return (
+            f"{text}: predicted gain of detaching in one plain step {told['detach_gain']} by (7), "
+            f"{told['detach_gain_own']} with each path's own curvature, {told['same_length_gain']} of a main gradient "
+            "as long as the full one. "
+        )
+
+    def gains(self) -> list[dict[str, float]]:
+        """What detaching is predicted to gain in each window, by `GAINS`; empty without curvature or step size."""
+        settings = self.settings
+        found = [w.to_dict(settings.smoothness, settings.step_size) for w in self.windows]
+        return [{name: one[name] for name in GAINS} for one in found if "detach_gain" in one]
+
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows: median and range of what the paper names."""
         measured = [s for s in self.steps if s.finite]
@@ -199,6 +235,9 @@ class GradientsResult(Result):
             "product_needed": "L gamma needed by (7)",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
+        if any(w.full_bend is not None for w in self.windows):
+            rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in CURVED.items()]
+        rows += [_row(GAINS[name], (one[name] for one in self.gains())) for name in GAINS if self.gains()]
         rows += [_row(f"SNR {path}", (w.snr(path) for w in self.windows)) for path in PATHS]
         against = sum(w.alignment < 0 for w in self.windows)
         rows.append(["windows with <m, s> < 0", f"{against} of {len(self.windows)}", "", ""])

@@ -5,6 +5,7 @@ Source: "Detached Skip-Links and R-Probe", appendix C.2 and C.4. Sums of vectors
 be off by K * 6e-8 / v of itself at worst; on random vectors it was a thousandth of that.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -41,11 +42,17 @@ class Window:
         self._vectors: dict[str, Tensor] = {}  # sums of main and skip gradients
         self._sums = dict.fromkeys(("main", "skip", "full", "inner"), 0.0)
         self._rates: list[float] = []
+        self._bends: list[tuple[float, float]] = []  # of the full and the main gradient
         self._first = self._count = 0
 
     @torch.no_grad()
     def add(
-        self, step: int, main: Tensor, full: Tensor, learning_rate: float | None = None
+        self,
+        step: int,
+        main: Tensor,
+        full: Tensor,
+        learning_rate: float | None = None,
+        bends: tuple[float, float] | None = None,
     ) -> tuple[Step, Moments | None]:
         """Add a step; one transfer to the host.
 
@@ -54,6 +61,7 @@ class Window:
             main: main gradient, float32 [n], averaged over micro-batches and ranks.
             full: full gradient, the same.
             learning_rate: of the measured block in this step.
+            bends: (<g_full, H g_full>, <g_main, H g_main>), see `curvature.bends`; None: not measured.
 
         Returns:
             (the step, the moments of the window that it completed or None). A step whose gradients are not finite is
@@ -73,7 +81,8 @@ class Window:
         m += torch.where(finite, main, 0)
         s += torch.where(finite, skip, 0)
         *numbers, main_sum, skip_sum, product = torch.stack([*squares, _dot(m, m), _dot(s, s), _dot(m, s)]).tolist()
-        found = Step(step, numbers[0], numbers[1], numbers[2], numbers[3], learning_rate)
+        bends = bends if bends is not None and all(map(math.isfinite, bends)) else None
+        found = Step(step, numbers[0], numbers[1], numbers[2], numbers[3], learning_rate, *(bends or ()))
         self.last = step
         if not all(map(math.isfinite, numbers)):
             return found, None
@@ -82,6 +91,7 @@ class Window:
         self._first = self._first if self._count else step
         self._count += 1
         self._rates += [] if learning_rate is None else [learning_rate]
+        self._bends += [] if bends is None else [bends]
         if self._count < self.size:
             return found, None
         k = self._count
@@ -97,13 +107,17 @@ class Window:
             skip_mean=skip_sum / k**2,
             mean_inner=product / k**2,
             learning_rate=math.fsum(self._rates) / len(self._rates) if self._rates else None,
+            full_bend=math.fsum(full for full, _ in self._bends) / k if len(self._bends) == k else None,
+            main_bend=math.fsum(main for _, main in self._bends) / k if len(self._bends) == k else None,
         )
         self._begin()
         return found, moments
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The unfinished window as tensors and plain values; no tensors at a window's beginning."""
-        values = {"size": self.size, "sums": self._sums, "rates": self._rates}
+        values: dict[str, Any] = {"size": self.size, "sums": self._sums, "rates": self._rates}
+        if self._bends:
+            values["bends"] = self._bends
         return self._vectors, {**values, "first": self._first, "last": self.last, "count": self._count}
 
     def save(self, path: str | Path) -> Path:
@@ -136,6 +150,7 @@ class Window:
             window._vectors = {name: tensors[name].to(device) for name in ("main", "skip")} if tensors else {}
             window._sums = {name: float(values["sums"][name]) for name in window._sums}
             window._rates = [float(rate) for rate in values["rates"]]
+            window._bends = [(float(full), float(main)) for full, main in values.get("bends", ())]
             window._first, window.last, window._count = (int(values[n]) for n in ("first", "last", "count"))
             wrong = [t for t in window._vectors.values() if t.dtype != torch.float32 or t.dim() != 1]
             lengths = set() if wrong else {len(t) for t in window._vectors.values()}
@@ -143,7 +158,9 @@ class Window:
                 raise ValueError("its sums of gradients are no two vectors of one length")
             if length is not None and lengths - {length}:
                 raise ValueError(f"its sums of gradients have {lengths.pop()} values, expected {length}")
-            if not 0 <= window._count < window.size or not numbers([*window._sums.values(), *window._rates]):
+            if not 0 <= window._count < window.size or not numbers(
+                [*window._sums.values(), *window._rates, *itertools.chain(*window._bends)]
+            ):
                 raise ValueError("its numbers are none")
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(

@@ -165,7 +165,7 @@ def test_the_table_over_learning_rates():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"block": 0}, "Gradients.block = 0"),
+        ({"block": -1}, "Gradients.block = -1"),
         ({"full": "all"}, "expected one of run, attached"),
         ({"window": 1}, "Gradients.window = 1: expected an integer >= 2"),
         ({"every": 0}, "Gradients.every"),
