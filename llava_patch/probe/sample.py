@@ -185,6 +185,7 @@ class Sample:
         document: samples of one document are never split between train and held-out; "" means the id.
         all_texts: transcripts of `all_boxes`, where they are known: error maps rebuild each region with its text.
         where: file and line with a path that finds it, for errors; "" means the id.
+        page: of a sample that was cut to a window: the page, and the window on it (left, top, right, bottom) in pixels.
     """
 
     image: ImageSource
@@ -195,6 +196,7 @@ class Sample:
     document: str = ""
     all_texts: tuple[str, ...] = ()
     where: str = ""
+    page: tuple[ImageSource, tuple[int, int, int, int]] | None = None
 
     @property
     def place(self) -> str:

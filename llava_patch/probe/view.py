@@ -17,7 +17,7 @@ from llava_patch.hosts.anatomy import Anatomy, get_handle
 from llava_patch.hosts.host import named_weights
 from llava_patch.probe.decoder import injection_layers
 from llava_patch.probe.sample import Box
-from llava_patch.probe.sequence import Layout, merge_size, square_layout, target_mask, tiled_layout
+from llava_patch.probe.sequence import NO_CELL, Layout, merge_size, square_layout, target_mask, tiled_layout
 from llava_patch.probe.transform import Transform, square_transform
 from llava_patch.probe.window import TEXT_HEIGHT
 
@@ -95,6 +95,33 @@ def _view_of_tiles(anatomy: Anatomy, transform: Transform, tiling: tiles.Tiling,
         injections = injections.flatten(1, 2)[:, order]
     tokens = tokens.flatten(0, 1)[order]
     return View(layout.grid, layout.positions[order], layout.cells[order], tokens, injections)
+
+
+def with_page(view: View, page: View, window: tuple[int, int, int, int], size: tuple[int, int]) -> View:
+    """A window's view with its page's tokens in front of it: they are context, and lie where the page lies around it.
+
+    Args:
+        view: of the window, which was padded to a square.
+        page: of the whole page, stretched.
+        window: its (left, top, right, bottom) on the page, in pixels.
+        size: (width, height) of the page, in pixels.
+    """
+    left, top, right, bottom = window
+    side = max(right - left, bottom - top)
+    corner = torch.tensor([top - (side - (bottom - top)) // 2, left - (side - (right - left)) // 2])
+    pixels = torch.tensor([size[1] / page.grid.rows, size[0] / page.grid.columns])  # of the page, under one token
+    cells = torch.tensor([view.grid.rows / side, view.grid.columns / side])  # of the window, a pixel of the page
+    around = ((page.positions + 0.5) * pixels - corner) * cells - 0.5
+    added = None
+    if view.injections is not None and page.injections is not None:
+        added = torch.cat([page.injections, view.injections], dim=1)
+    return View(
+        view.grid,
+        torch.cat([around, view.positions]),
+        torch.cat([torch.full_like(page.cells, NO_CELL), view.cells]),
+        torch.cat([page.tokens, view.tokens]),
+        added,
+    )
 
 
 def target_tokens(view: Layout, boxes: Sequence[Box], name: str) -> Tensor:

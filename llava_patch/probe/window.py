@@ -59,6 +59,7 @@ class Window:
         return dataclasses.replace(
             sample,
             image=sample.open_image().crop(self.box),
+            page=(sample.image, self.box),
             boxes=tuple(moved for box in sample.boxes if (moved := self.moved(box)) is not None),
             all_boxes=tuple(box for box, _ in known if box is not None),
             all_texts=tuple(text for box, text in known if box is not None) if sample.all_texts else (),

@@ -19,8 +19,8 @@ from llava_patch.measurements.rprobe.result import RProbeResult
 # Settings and facts that change what is measured; the others (pictures, store, resamples) do not.
 SETTINGS = (
     "steps", "batch_size", "lr", "weight_decay", "warmup", "clip", "train_pages", "heldout_pages", "heldout_share",
-    "seed", "rope", "image_mode", "text_height", "threshold", "masked", "text", "max_text_tokens", "boxes_per_sample",
-    "trained",
+    "seed", "rope", "image_mode", "text_height", "page", "threshold", "masked", "text", "max_text_tokens",
+    "boxes_per_sample", "trained",
 )  # fmt: skip
 FACTS = (
     "data", "source", "heldout_source", "learning_rate",

@@ -79,7 +79,8 @@ def pieces(samples: Sequence[Sample], plane: Plane, seen: Tensor) -> tuple[list[
     silent += [tuple(rest[start : start + size]) for start in range(0, len(rest), size)]
 
     def sample(boxes: tuple[Box, ...], text: str, number: int) -> Sample:
-        return Sample(image, text, boxes, id=f"{samples[0].id}, piece {number}", document=samples[0].document)
+        first = samples[0]
+        return Sample(image, text, boxes, id=f"{first.id}, piece {number}", document=first.document, page=first.page)
 
     known = [sample(boxes, text, i) for i, (boxes, text) in enumerate(named.items())]
     return known, [sample(boxes, PLACEHOLDER, len(known) + i) for i, boxes in enumerate(silent)]

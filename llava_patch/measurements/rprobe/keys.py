@@ -182,7 +182,8 @@ def store_key(anatomy: Anatomy, transform: Transform, data: Any, settings: RProb
         "answer": answer_key(anatomy, transform),
         "transform": described(transform),
         "data": data,
-        "settings": {"masked": settings.masked},  # image_mode is the transform's
+        # image_mode is the transform's
+        "settings": {"masked": settings.masked, **({"page": True} if settings.page else {})},
     }
 
 
@@ -273,7 +274,7 @@ def make_key(decoder: ProbeDecoder, data_key: str, table: Tensor, settings: RPro
     The embeddings of the training texts are `table`, float32 [distinct tokens, hidden].
     """
     config = {k: v for k, v in described(decoder.config).items() if k not in _NOT_MODEL}
-    aside = _NOT_TRAINING if settings.image_mode == "window" else {*_NOT_TRAINING, "text_height"}
+    aside = _NOT_TRAINING if settings.image_mode == "window" else {*_NOT_TRAINING, "text_height", "page"}
     return {
         "decoder": fingerprint(decoder),
         "config": digest(config),

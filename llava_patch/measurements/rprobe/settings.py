@@ -43,6 +43,8 @@ class RProbe:
             other modes show those models one square as well, their overview tile.
         text_height: least height of a region's text, in tokens, with image_mode = "window"; the height of its lowest
             box counts.
+        page: with image_mode = "window", show the whole page as well, resized: a second image, in front of the window,
+            whose tokens are context. For checkpoints that were trained on several images.
         threshold: per-token MSE under which the paper calls a reconstruction visually coherent; 0.75.
         masked: the box is blacked out in the original image; the loss is still against the unmasked pixels.
         text: False replaces every text token by the unknown token.
@@ -76,6 +78,7 @@ class RProbe:
     rope: str = "attention"
     image_mode: str = "resize"
     text_height: float = 1.5
+    page: bool = False
     threshold: float = 0.75
     masked: bool = False
     text: bool = True
@@ -103,12 +106,13 @@ class RProbe:
         number("RProbe", "heldout_share", self.heldout_share, above=0, below=1)
         for name, choices in _CHOICES.items():
             choice("RProbe", name, getattr(self, name), choices)
-        for name in ("masked", "text", "store"):
+        for name in ("masked", "text", "store", "page"):
             flag("RProbe", name, getattr(self, name))
-        if self.image_mode != "window" and self.text_height != RProbe.text_height:
-            raise refused(
-                "RProbe", "text_height", self.text_height, f'image_mode = "window" with it, not "{self.image_mode}"'
-            )
+        for name in ("text_height", "page") if self.image_mode != "window" else ():
+            if getattr(self, name) != getattr(RProbe, name):
+                raise refused(
+                    "RProbe", name, getattr(self, name), f'image_mode = "window" with it, not "{self.image_mode}"'
+                )
 
     def learning_rate(self, hidden_size: int) -> float:
         """Peak learning rate for a decoder of that width."""

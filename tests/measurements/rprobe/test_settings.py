@@ -55,4 +55,6 @@ def test_a_height_of_text_that_nothing_would_use_is_refused():
             SettingError, match=rf'RProbe.text_height = 2: expected image_mode = "window".*not "{mode}"'
         ):
             RProbe(image_mode=mode, text_height=2)
+        with pytest.raises(SettingError, match=rf'RProbe.page = True: expected image_mode = "window".*not "{mode}"'):
+            RProbe(image_mode=mode, page=True)
     assert RProbe(image_mode="window", text_height=2).text_height == 2

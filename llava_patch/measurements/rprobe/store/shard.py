@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,10 +24,10 @@ from llava_patch.core.files import atomic
 from llava_patch.core.stored import UNREADABLE
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.measurements.rprobe.settings import RProbe
-from llava_patch.probe.sample import Sample
+from llava_patch.probe.sample import Sample, open_rgb
 from llava_patch.probe.sequence import TokenGrid, patchify
 from llava_patch.probe.transform import Transform, black_out
-from llava_patch.probe.view import View, encode_views, target_tokens
+from llava_patch.probe.view import View, encode_views, target_tokens, with_page
 
 FORMAT = 1
 SKIP = 'RProbe.broken = "skip" leaves out what cannot be used'
@@ -137,6 +139,8 @@ def encode(
             usable.append((picture, members))
     seen = [black_out(page, of[0][1].boxes) if settings.masked else page for page, of in usable]
     views = encode_views(anatomy, transform, seen) if seen else []
+    if settings.page:
+        views = _with_pages(anatomy, transform, [of[0][1] for _, of in usable], views, settings.masked)
     owner, targets, pixels, regions, cut = [], [], [], [], []
     for image, ((page, of), view) in enumerate(zip(usable, views, strict=True)):
         patches = patchify(transform.plane(page)[None], view.grid)[0]
@@ -160,6 +164,26 @@ def encode(
     if len(cut) == len(records) > 0:
         tensors["cut"] = torch.tensor(cut, dtype=torch.uint8)
     return Shard(tensors, records, skipped)
+
+
+def _with_pages(
+    anatomy: Anatomy, transform: Transform, samples: Sequence[Sample], views: Sequence[View], masked: bool
+) -> list[View]:
+    """The views of windows, each behind its page's tokens; of masked samples the page is black there as well."""
+    stretched = Transform(transform.processor, "resize", transform.height, transform.width, transform.cell)
+    pages: dict[Any, View] = {}
+    found = []
+    for sample, view in zip(samples, views, strict=True):
+        assert sample.page is not None  # it was cut to a window
+        source, window = sample.page
+        page = open_rgb(source, sample.place)
+        name = sample.id if masked else id(source) if isinstance(source, Image.Image) else source
+        if name not in pages:
+            left, top = window[:2]
+            boxes = [(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in sample.boxes]
+            (pages[name],) = encode_views(anatomy, stretched, [black_out(page, boxes) if masked else page])
+        found.append(with_page(view, pages[name], window, page.size))
+    return found
 
 
 def _tensors(

@@ -244,5 +244,5 @@ def test_a_decoder_trained_before_there_were_windows_is_known_again():
     def key(**settings):
         return make_key(decoder, "", torch.zeros(0), RProbe(**settings), 1.0)
 
-    assert "RProbe.text_height" not in key()
+    assert "RProbe.text_height" not in key() and "RProbe.page" not in key()
     assert key(image_mode="window", text_height=2)["RProbe.text_height"] == 2
