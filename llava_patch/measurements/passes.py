@@ -27,6 +27,7 @@ class Pass:
 
     text_ids: Tensor  # int64 [text tokens], the sample's token ids without image placeholders, on CPU
     image: Tensor | None = None  # bool [T], image positions in the decoder's input; None: not placed yet
+    labels: Tensor | None = None  # int64 [text tokens], the sample's labels at them, on CPU; None: it has none
 
     @property
     def placed(self) -> Tensor:
@@ -57,7 +58,8 @@ def watching(anatomy: Anatomy, sample: dict[str, Any], what: str) -> Iterator[tu
     mask = sample.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise InputError(f"{what} takes samples without padding: attention_mask holds zeros")
-    seen = Pass(ids[0][~wrappers.placeholders(anatomy, ids)[0]].cpu())
+    text, labels = ~wrappers.placeholders(anatomy, ids)[0], sample.get("labels")
+    seen = Pass(ids[0][text].cpu(), labels=None if labels is None else labels[0][text].cpu())
     with UndoStack() as undo:
         if anatomy.ids_hold_places:
             seen.image = wrappers.placeholders(anatomy, ids)[0]

@@ -43,7 +43,11 @@ class Trace(Observer):
     image_cosine: dict[int, Tensor] = field(default_factory=dict)
     text_cosine: dict[int, Tensor] = field(default_factory=dict)
     mass: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of text on image keys; zeros without any
+    peak: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of the read positions on one image key
+    entered: dict[int, Tensor] = field(default_factory=dict)  # a layer's input, rows as in `states`
+    rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin) of layer 0, each [1, positions, head_dim]
     _positions: tuple[Tensor, Tensor, int] | None = None
+    _reads: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -57,6 +61,12 @@ class Trace(Observer):
             queries = text_after_image(image)
             self._positions = torch.arange(len(image), device=image.device), queries, int((~image).sum())
         return self._positions
+
+    def reads(self) -> Tensor:
+        """The text positions behind the image that the answer is read from: int64 [n], see `read_positions`."""
+        if self._reads is None:
+            self._reads = read_positions(self.mask, self.seen.labels)
+        return self._reads
 
     def layer(self, number: int, asking: Tensor, giving: Tensor) -> None:
         """Take note of what a routed or pruned decoder says of a layer; each [1, n]."""
@@ -136,6 +146,7 @@ def _watch_layer(trace: Trace, index: int, layer: nn.Module, undo: UndoStack) ->
         trace.image_cosine[index] = (cosine * image).sum() / image.sum()  # 0 / 0 is NaN: absent
         trace.text_cosine[index] = (cosine * ~image).sum() / (~image).sum()
         trace.states[index] = states.detach()
+        trace.entered[index] = before.detach()
 
     undo.push(layer.register_forward_hook(after, with_kwargs=True).remove)
 
@@ -146,9 +157,13 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         asking = trace.places(index, len(hidden)).to(hidden.device)
         if trace.image_keys(index) == 0:  # no image key to look at: zero by definition
             trace.mass[index] = torch.zeros(int(config.num_attention_heads), device=hidden.device)
+            trace.peak[index] = trace.mass[index]
             return
         head_dim = int(module.head_dim)
-        cos, sin = (part[0] for part in rotary_of_call(module, hidden[None], kwargs))
+        rotary = rotary_of_call(module, hidden[None], kwargs)
+        if index == 0:
+            trace.rotary = rotary
+        cos, sin = (part[0] for part in rotary)
         q = rotate(split_heads(module.q_proj(hidden[None])[0], head_dim), cos, sin)
         k = rotate(split_heads(module.k_proj(hidden[None])[0], head_dim), cos, sin)
         external = next((value for value in kwargs.values() if isinstance(value, ExternalKeys)), None)
@@ -159,9 +174,10 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         queries = torch.searchsorted(asking, trace.positions()[1].to(hidden.device))
         image = trace.mask.to(hidden.device)[giving]
         scaling = scaling_of(module)
-        trace.mass[index] = mass_on_keys(
-            q, k, queries, image, scaling, sliding_window(config), chunk, places=(asking, giving)
-        )
+        window, places = sliding_window(config), (asking, giving)
+        trace.mass[index] = mass_on_keys(q, k, queries, image, scaling, window, chunk, places)
+        reads = torch.searchsorted(asking, trace.reads().to(hidden.device))
+        trace.peak[index] = peak_on_keys(q, k, reads, image, scaling, window, chunk, places)
 
     undo.push(attention.register_forward_pre_hook(before, with_kwargs=True).remove)
 
@@ -169,6 +185,26 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
 def text_after_image(image: Tensor) -> Tensor:
     """Text positions behind the first image position (bool [tokens]): int64 [n], the queries of the attention mass."""
     return (~image & (image.long().cumsum(0) > 0)).nonzero().flatten()
+
+
+def read_positions(image: Tensor, labels: Tensor | None) -> Tensor:
+    """The text positions behind the image whose next token is the answer's: int64 [n], at least one.
+
+    Args:
+        image: bool [tokens], with text behind the first image position.
+        labels: int64 [text tokens], -100 where nothing is to be said, or None. Without any label the last text position
+            is read, as generation reads a prompt.
+    """
+    behind = text_after_image(image)
+    if labels is not None:
+        text = (~image).nonzero().flatten()
+        wanted = torch.zeros_like(image)
+        said = labels[: len(text)].to(image.device) != -100  # a host that cuts a long sample cuts its end
+        wanted[text[: len(said)][said]] = True
+        found = behind[wanted.roll(-1)[behind] & (behind + 1 < len(image))]
+        if len(found):
+            return found
+    return behind[-1:]
 
 
 def mass_on_keys(
@@ -198,12 +234,47 @@ def mass_on_keys(
     Returns:
         float32 [heads], each between 0 and 1.
     """
+    total = torch.zeros(q.shape[0], dtype=torch.float32, device=q.device)
+    for scores in _probabilities(q, k, queries, scaling, window, chunk, places):
+        total += (scores * keys).sum(dim=(-2, -1)).flatten()
+    return total / max(len(queries), 1)
+
+
+def peak_on_keys(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    window: int | None = None,
+    chunk: int = 128,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Largest causal attention probability on a single one of a set of keys, mean over a set of queries.
+
+    Arguments and result as in `mass_on_keys`.
+    """
+    total = torch.zeros(q.shape[0], dtype=torch.float32, device=q.device)
+    for scores in _probabilities(q, k, queries, scaling, window, chunk, places):
+        total += (scores * keys).amax(-1).sum(-1).flatten()
+    return total / max(len(queries), 1)
+
+
+def _probabilities(
+    q: Tensor,
+    k: Tensor,
+    queries: Tensor,
+    scaling: float,
+    window: int | None,
+    chunk: int,
+    places: tuple[Tensor, Tensor] | None,
+) -> Iterator[Tensor]:
+    """Causal attention probabilities [key_value_heads, groups, rows, giving], some queries at a time."""
     heads, kinds = q.shape[0], k.shape[0]
     if places is None:
         places = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=k.device)
     columns = places[1].to(q.device)
     transposed = k.float().transpose(1, 2)[:, None]
-    total = torch.zeros(heads, dtype=torch.float32, device=q.device)
     for rows in queries.split(chunk):
         # [key_value_heads, groups, rows, giving]: query heads of one group share their key head.
         grouped = q[:, rows].float().unflatten(0, (kinds, heads // kinds))
@@ -212,9 +283,7 @@ def mass_on_keys(
         hidden = columns[None] > here
         if window is not None:
             hidden |= columns[None] <= here - window
-        scores = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        total += (scores * keys).sum(dim=(-2, -1)).flatten()
-    return total / max(len(queries), 1)
+        yield scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
 
 
 def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float]]:

@@ -98,7 +98,7 @@ def _samples(
     for index in order:
         batch = collator([dataset[index]])
         # A batch of one has no padding; LLaVA's mask also hides unknown words, which share their id with padding.
-        yield send_to_device({k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}, device)
+        yield send_to_device({k: v for k, v in batch.items() if k != "attention_mask"}, device)
 
 
 @contextlib.contextmanager

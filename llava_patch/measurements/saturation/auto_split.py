@@ -23,7 +23,7 @@ from llava_patch.settings.methods import AUTO, Routing
 logger = logging.getLogger("llava_patch")
 FORMAT = 3  # of a kept measurement; 2: the model's digest saw matrices only
 _ASKED = f'Routing.split = "{AUTO}"'
-_NOT_MEASURED = ("labels", "attention_mask")  # samples have no padding, so that neither changes what is measured
+_NOT_MEASURED = ("attention_mask",)  # samples have no padding, so that it does not change what is measured
 
 
 def resolve_split(
@@ -43,7 +43,8 @@ def resolve_split(
         model: a model of either host, possibly wrapped; its vision tower must be loaded.
         routing: the settings; returned as they are when their split is a layer number.
         samples: as `measure_saturation` takes them: keyword arguments of the model's forward, each a batch of one
-            without padding, on the model's device. Those that are measured are held in memory.
+            without padding, on the model's device. Those that are measured are held in memory. Labels say which answers
+            must keep; without them it is the token behind the prompt.
         settings: of the measurement; `max_samples` says how many usable samples are taken.
         progress: show a progress bar on stderr while measuring.
 
@@ -78,10 +79,11 @@ def resolve_split(
     if anatomy.vision_model is None:
         raise HostError(f"{_ASKED} runs the model, but its vision tower is not loaded yet: call its load_model() first")
     result, place = _measure(anatomy, samples, settings, progress)
-    split = result.recommended_split
+    found = result.recommend_for(_sees_it_again(routing, result.n_layers))
+    split = found.split
     if split is None:
         raise SettingError(
-            f"{_ASKED}: {result.samples} samples recommend no split: {result.recommendation.reason} (curves: {place}); "
+            f"{_ASKED}: {result.samples} samples recommend no split: {found.reason} (curves: {place}); "
             "bind Routing.split to a layer number by hand"
         )
     # A lower split would leave before the image has been read.
@@ -94,17 +96,23 @@ def resolve_split(
             f"Routing.side_layers = {routing.side_layers} leave room for 0..{highest} of L = {layers} layers only: "
             "lower them, or bind Routing.split to a layer number by hand"
         )
-    assert result.recommendation.window is not None
-    first, last = result.recommendation.window
+    assert found.window is not None
+    first, last = found.window
     skipped = ", ".join(f"{count} {why}" for why, count in result.skipped.items() if count)
     left_out = f" ({skipped}: left out)" if skipped else ""
     # A warning, so that it is seen where nobody configured logging: the choice decides about the whole run.
     logger.warning(
         f"llava_patch: {_ASKED}: split {split}, the first layer of the window {first}..{last} of L = {layers} layers: "
-        f"{result.recommendation.reason}. Measured on {result.samples} samples{left_out}; curves: {place}. "
+        f"{found.reason}. Measured on {result.samples} samples{left_out}; curves: {place}. "
         f"Bind Routing.split = {split} to fix it"
     )
     return dataclasses.replace(routing, split=split)
+
+
+def _sees_it_again(routing: Routing, n_layers: int) -> bool:
+    """Whether a routed model's last layer reads the image, as the knock-out of LF has it."""
+    fusion = routing.fusion_layers
+    return routing.variant == "lf" and (n_layers - 1 in fusion if isinstance(fusion, tuple) else fusion > 0)
 
 
 def _measure(
@@ -134,10 +142,11 @@ def _measure(
     if not usable:
         counts = ", ".join(f"{count} with {why}" for why, count in skipped.items()) or "none were given"
         raise SettingError(f"{_ASKED} needs samples with an image and text behind it: {counts}")
+    left_out = (*_NOT_MEASURED, "labels") if settings.knockout is False else _NOT_MEASURED
     key = {
         "format": FORMAT,
         "model": model_digest(anatomy),
-        "samples": digest_of([{k: v for k, v in s.items() if k not in _NOT_MEASURED} for s in usable]),
+        "samples": digest_of([{k: v for k, v in s.items() if k not in left_out} for s in usable]),
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"},
     }
     path = cache_folder() / f"saturation-{digest_of(key)[:24]}.json"

@@ -25,6 +25,7 @@ from llava_patch.data.examples import Example
 from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes, trace
+from llava_patch.measurements.saturation.knockout import knock_out
 from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import model_digest
@@ -62,7 +63,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
 
 
 def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturation = DEFAULTS) -> Curves:
-    """Measure one usable sample, a batch of one without padding: one forward pass of the model.
+    """Measure one usable sample, a batch of one without padding: one forward pass of the model, and the knock-out.
 
     Raises:
         HostError: numbers that are not finite; names the first layer that has them.
@@ -72,6 +73,9 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         with trace.traced(anatomy, sample, settings.chunk) as seen:
             passes.run(anatomy, sample)
         image_kl, text_kl = trace.lens_kl(anatomy, seen, settings.chunk)
+        # A routed or pruned model has taken the image away itself.
+        asked = settings.knockout is not False and patch_on(anatomy) is None
+        knocked = knock_out(anatomy, seen, settings.chunk) if asked else None
 
     def together(values: dict[int, torch.Tensor]) -> list:
         """One transfer from the device."""
@@ -85,6 +89,8 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         text_kl=text_kl,
         image_states=[float(seen.image_states(i)) for i in layers],
         image_keys=[float(seen.image_keys(i)) for i in layers],
+        peak=[max(heads) for heads in together(seen.peak)],
+        **({} if knocked is None else asdict(knocked)),
     )
     # NaN stands for absent positions in the curves: what overflowed must not be taken for that. All layers' states come
     # before the logit lens, which holds each layer against the last one.
@@ -94,7 +100,8 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         passes.check_finite([*curves.head_mass[layer], curves.text_cosine[layer], *own], layer, anatomy)
     for layer in layers:
         own = [curves.image_kl[layer]] * (there[layer] and there[-1])
-        passes.check_finite([curves.text_kl[layer], *own], layer, anatomy)
+        lost = [curves.withdrawn_kl[layer], curves.fused_kl[layer]] * (knocked is not None)
+        passes.check_finite([curves.text_kl[layer], *own, *lost], layer, anatomy)
     return curves
 
 

@@ -113,7 +113,7 @@ class SaturationMeasurement(Measurement):
         """The document's curves."""
         from llava_patch.measurements.saturation.measure import measure_sample, patch_on
 
-        curves = measure_sample(anatomies[0], samples[0], settings)
+        curves = measure_sample(anatomies[0], samples[0], replace(settings, knockout=bool(settings.knockout)))
         patch = patch_on(anatomies[0])
         return {"curves": plain(asdict(curves)), "patch": None if patch is None else asdict(patch)}
 

@@ -1,4 +1,8 @@
-"""From saturation curves to transition layers and to a split: mathematics only."""
+"""From saturation curves to transition layers and to a split: mathematics only.
+
+What the answers lose without the image decides where it was measured. Attention mass and the logit lens, which the
+paper reads its split from, are what is left elsewhere; beside it they are named, and whether they disagree.
+"""
 
 import math
 import statistics
@@ -123,3 +127,61 @@ def recommend(
             f"{statistics.mean(after):.3f}) than before it ({statistics.mean(before):.3f})"
         )
     return Recommendation(reason, (settled, transition))
+
+
+LEAST_LOSS = 0.01  # nats that answers must lose without any image, or they cannot say where it is needed
+
+
+def kept_from(kl: Sequence[float], allowed: float) -> int | None:
+    """First split from which what the answers lose (nats, per split) stays at most what is allowed, or None."""
+    above = [split for split, value in enumerate(kl) if not value <= allowed]
+    first = above[-1] + 1 if above else 0
+    return first if first < len(kl) else None
+
+
+def recommend_by_answers(
+    withdrawn: Sequence[float],
+    fused: Sequence[float],
+    settings: "Saturation",
+    late_fusion: bool,
+    others: Recommendation,
+) -> Recommendation:
+    """Recommend the first split from which the answers lose hardly anything.
+
+    Args:
+        withdrawn: what they lose, in nats per split, when the image leaves for good.
+        fused: the same when the last layer sees the image again.
+        settings: `knockout_share` of `withdrawn[0]` may be lost.
+        late_fusion: whether the model is going to see the image again in its last layer.
+        others: what attention mass and logit lens recommend, for the reason.
+    """
+    scale, last = withdrawn[0], len(withdrawn) - 1
+    if scale < LEAST_LOSS:
+        return Recommendation(
+            f"{others.reason}; the answers have no say, since without any image they lose {scale:.2g} nats only: take "
+            "samples whose answers need it",
+            others.window,
+        )
+    alone, again = (kept_from(kl, settings.knockout_share * scale) for kl in (withdrawn, fused))
+    first, end = (again, last - 1) if late_fusion else (alone, last)
+    when = "text that reads no image from there up to the last layer" if late_fusion else "text that reads no image"
+    if first is None or first > end:
+        return Recommendation(
+            f"the answers need the image to the end: up to split {end} they lose more than "
+            f"{settings.knockout_share:.0%} of the {scale:.3g} nats that they lose without any image; {_aside(others)}"
+        )
+    reason = (
+        f"with {when} the answers lose at most {settings.knockout_share:.0%} of the {scale:.3g} nats that they lose "
+        f"without any image from split {first} on"
+    )
+    if late_fusion:
+        reason += f" (if the last layer did not see it again: {'from no split' if alone is None else alone} on)"
+    disagrees = others.split is not None and others.split != first
+    return Recommendation(f"{reason}; {'the signals disagree: ' * disagrees}{_aside(others)}", (first, end))
+
+
+def _aside(others: Recommendation) -> str:
+    """What the other signals say, in a clause."""
+    if others.split is not None:
+        return f"attention mass and logit lens by themselves say {others.split}"
+    return f"attention mass and logit lens by themselves say none ({others.reason})"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_patch.measurements.base import Comparison, Result, decode, decode_fields, differences, encode
 from llava_patch.measurements.saturation import recommend
-from llava_patch.settings.checks import integer, number
+from llava_patch.settings.checks import integer, number, refused
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class Saturation:
         transition_share: the transition layer is where the logit-lens KL has fallen to this share of layer 0's.
         mass_tolerance: attention mass has settled when it stays within this share of its deep median.
         fall_share: the deep median must have fallen to this share of the highest mass, or mass has no say.
+        knockout: also measure what the answers lose when text stops reading the image at a layer, see
+            `measurements.saturation.knockout`: a batch of text positions through the decoder beside each sample's pass.
+            None: yes, but for the lmms-eval task, which takes as long as it always has.
+        knockout_share: answers count as kept where their KL is at most this share of what it is without any image.
         max_samples: stop after so many usable samples; None: take all (the command takes 32).
         chunk: attention queries, and positions of the logit lens, held at a time (memory against speed).
         save_every: samples between two writes of the state from which an interrupted run goes on.
@@ -27,12 +31,16 @@ class Saturation:
     transition_share: float = 0.5
     mass_tolerance: float = 0.2
     fall_share: float = 0.5
+    knockout: bool | None = None
+    knockout_share: float = 0.05
     max_samples: int | None = None
     chunk: int = 128
     save_every: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("transition_share", "mass_tolerance", "fall_share"):
+        if self.knockout is not None and not isinstance(self.knockout, bool):
+            raise refused("Saturation", "knockout", self.knockout, "True, False or None")
+        for name in ("transition_share", "mass_tolerance", "fall_share", "knockout_share"):
             number("Saturation", name, getattr(self, name), above=0, below=1)
         for name in ("max_samples", "chunk", "save_every"):
             if name != "max_samples" or self.max_samples is not None:
@@ -40,6 +48,8 @@ class Saturation:
 
 
 DEFAULTS = Saturation()
+KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept")
+"""The curves that `Saturation.knockout` asks for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,25 @@ class Curves:
     # Number of image positions that a layer's queries can look at: keys without states in the KV variant's deep layers,
     # the ones that are kept in pruned layers.
     image_keys: list[float]
+    # Largest attention probability of a position that is read on one image key: of the head that has most. This and
+    # what follows came later than the curves above: NaN in earlier results, and where it was not asked for.
+    peak: list[float] = field(default_factory=list)
+    # What the answers lose when text reads no image from a layer on, see `knockout.Knockout`: KL to the stock answer in
+    # nats, and the share whose most probable token stays; `fused`, where the last layer sees the image again.
+    withdrawn_kl: list[float] = field(default_factory=list)
+    withdrawn_kept: list[float] = field(default_factory=list)
+    fused_kl: list[float] = field(default_factory=list)
+    fused_kept: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("peak", *KNOCKOUT):
+            if not getattr(self, name):
+                object.__setattr__(self, name, [math.nan] * len(self.image_cosine))
+
+    @property
+    def knocked_out(self) -> bool:
+        """Whether it was measured what the answers lose without the image."""
+        return bool(self.withdrawn_kl) and not math.isnan(self.withdrawn_kl[0])
 
     @property
     def mass(self) -> list[float]:
@@ -105,7 +134,19 @@ class SaturationResult(Result):
 
     @cached_property
     def recommendation(self) -> recommend.Recommendation:
-        """The split and why."""
+        """The split of LF and why: by what the answers lose, where it was measured, else as `passive`."""
+        return self.recommend_for(late_fusion=True)
+
+    def recommend_for(self, late_fusion: bool) -> recommend.Recommendation:
+        """The split of a variant whose last layer sees the image again (LF), or of one without that."""
+        if self.patch is not None or not self.curves.knocked_out:
+            return self.passive
+        c = self.curves
+        return recommend.recommend_by_answers(c.withdrawn_kl, c.fused_kl, self.settings, late_fusion, self.passive)
+
+    @cached_property
+    def passive(self) -> recommend.Recommendation:
+        """What attention mass and logit lens alone recommend."""
         c, patched = self.curves, "" if self.patch is None else self.patch.words
         return recommend.recommend(c.mass, c.image_kl, c.image_cosine, c.image_present, self.settings, patched)
 

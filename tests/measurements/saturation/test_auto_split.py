@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def watch(model: nn.Module, make_sample: Callable[..., dict[str, Any]]) -> Subject:
     subject = Subject(model, make_sample, [])
-    find(model).layers[0].register_forward_hook(lambda *_: subject.forwards.append(1))
+    find(model).decoder.register_forward_hook(lambda *_: subject.forwards.append(1))
     return subject
 
 
@@ -97,10 +97,36 @@ def test_the_same_question_is_measured_once(subject: Subject, cache: Path, caplo
         assert resolve_split(subject.model, AUTO, subject.samples(), progress=False).split == 2
         assert len(subject.forwards) == 2
     assert "measured before" in caplog.records[-1].getMessage()
-    # Variant and depth of the branch do not change what is measured, nor do labels or a mask of ones.
-    other = [{**s, "labels": s["input_ids"], "attention_mask": None} for s in subject.samples()]
+    # Variant and depth of the branch do not change what is measured, nor does a mask of ones.
+    other = [{**s, "attention_mask": None} for s in subject.samples()]
     assert resolve_split(subject.model, Routing(split="auto", side_layers=2), other, progress=False).side_layers == 2
     assert len(subject.forwards) == 2 and len(list(cache.iterdir())) == 1
+
+
+def test_labels_count_where_answers_are_measured(subject: Subject, cache: Path) -> None:
+    labelled = [{**s, "labels": s["input_ids"]} for s in subject.samples()]
+    for settings, files in ((Saturation(), 2), (Saturation(knockout=False), 3)):
+        for samples in (subject.samples(), labelled):
+            resolve_split(subject.model, AUTO, samples, settings, progress=False)
+        assert len(list(cache.iterdir())) == files
+
+
+def test_each_variant_gets_the_split_that_its_last_layer_allows(host: Any) -> None:
+    """Answers that one look of the last layer makes: LF may split at once, VTW nowhere."""
+    make_model, make_sample = host
+    model = make_model(layers=6)
+    anatomy = find(model)
+    with torch.no_grad():
+        for layer in list(anatomy.layers)[:-1]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        anatomy.layers[-1].self_attn.o_proj.weight.mul_(20)
+    samples = [make_sample(before=8)]
+    for routing in (AUTO, Routing(split="auto", fusion_layers=2), Routing(split="auto", fusion_layers=(3, 5))):
+        assert resolve_split(model, routing, samples, progress=False).split == 0
+    for routing in (Routing("vtw", split="auto"), Routing(split="auto", fusion_layers=(3, 4)), Routing("kv", "auto")):
+        with pytest.raises(SettingError, match="the answers need the image to the end: up to split 5"):
+            resolve_split(model, routing, samples, progress=False)
 
 
 def test_one_model_in_two_precisions_is_one_model(subject: Subject) -> None:
@@ -236,9 +262,10 @@ def test_the_users_cache_folder(monkeypatch: Any, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / ".cache" / "llava_patch"
 
 
-def test_no_window_is_an_error_with_its_reason_and_changes_nothing(host: Any) -> None:
+def test_no_window_is_an_error_with_its_reason_and_changes_nothing(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model, make_sample = host
     model = make_model(layers=6)  # random weights read the image alike in every layer
+    monkeypatch.setattr("llava_patch.measurements.saturation.recommend.LEAST_LOSS", 99.0)  # the answers have no say
     with pytest.raises(
         SettingError, match=r'"auto": 1 samples recommend no split: .*does not fall.*bind Routing.split'
     ):

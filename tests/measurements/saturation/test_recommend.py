@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from llava_patch.measurements.saturation.recommend import deep_median, recommend, settled_layer, transition_layer
+from llava_patch.measurements.saturation.recommend import (
+    Recommendation,
+    deep_median,
+    kept_from,
+    recommend,
+    recommend_by_answers,
+    settled_layer,
+    transition_layer,
+)
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.measurements.trace import mass_on_keys
 
@@ -108,3 +116,33 @@ def test_no_window_gives_the_reason(mass: list[float], kl: list[float], words: s
     got = recommend(mass, kl, [0.9] * 8, present, SHARES)
     assert got.split is None and got.window is None
     assert re.search(words, got.reason), got.reason
+
+
+def test_answers_are_kept_from_where_they_stay_so() -> None:
+    assert kept_from([3.0, 0.1, 0.3, 0.1, 0.0], 0.2) == 3  # one good split before a bad one does not count
+    assert kept_from([0.0, 0.0], 0.2) == 0
+    assert kept_from([3.0, 0.1, NAN], 0.2) is None
+    assert kept_from([3.0, 2.0], 0.2) is None
+
+
+def test_what_the_answers_lose_decides_over_the_other_signals() -> None:
+    early = [4.0, 3.0, 3.0, 0.1, 0.0, 0.0]
+    late = [4.0, 3.0, 3.0, 3.0, 3.0, 3.0]  # only the last layer reads what is missing
+    again = [4.0, 3.0, 0.1, 0.0, 0.0, 0.0]
+    mass = Recommendation("mass settles", (4, 5))
+    none = Recommendation("mass does not fall")
+    got = recommend_by_answers(early, early, SHARES, True, none)
+    assert got.window == (3, 4) and "5% of the 4 nats" in got.reason and "mass does not fall" in got.reason
+    assert recommend_by_answers(early, early, SHARES, False, none).window == (3, 5)
+    got = recommend_by_answers(late, again, SHARES, True, mass)
+    assert got.split == 2 and "signals disagree" in got.reason and "from no split on" in got.reason
+    assert "disagree" not in recommend_by_answers(early, early, SHARES, True, Recommendation("", (3, 5))).reason
+    got = recommend_by_answers(late, again, SHARES, False, mass)
+    assert got.window is None and "need the image to the end" in got.reason and "say 4" in got.reason
+    got = recommend_by_answers([4.0, 3.0, 3.0], [4.0, 3.0, 0.0], SHARES, True, mass)
+    assert got.window is None, "LF with nothing between split and fusion saves nothing"
+
+
+def test_answers_that_need_no_image_leave_it_to_the_others() -> None:
+    got = recommend_by_answers([0.001, 0.0], [0.001, 0.0], SHARES, True, Recommendation("mass settles", (4, 5)))
+    assert got.window == (4, 5) and got.reason.startswith("mass settles; the answers have no say")
