@@ -1,0 +1,1 @@
+"""Does the gradient instrument find what was planted in an analytic model?"""
