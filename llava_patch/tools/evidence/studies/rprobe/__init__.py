@@ -1,0 +1,1 @@
+"""R-Probe's positive controls: effects that were planted, which it has to see."""
