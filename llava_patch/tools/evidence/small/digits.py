@@ -27,7 +27,8 @@ PAPER, INK = (105, 130), (0, 20)  # gray; paper near CLIP's mean colour is near 
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 PAD, BOS, EOS, IMAGE, UNKNOWN = range(5)
-QUESTIONS = ("read", "place", "font")  # the string; the token under its middle; the number of its font
+QUESTIONS = ("read", "largest", "place", "font")
+"""The string; its largest digit; the token under its middle; the number of its font."""
 READ = 5  # token of the first question
 DIGIT = READ + len(QUESTIONS)
 CELLS = DIGIT + 10
@@ -113,6 +114,8 @@ class Drawn:
         """Tokens of the right answers, int64 [batch, answer tokens]; all answers to one question are equally long."""
         if question == "read":
             return self.digits[index] + DIGIT
+        if question == "largest":
+            return self.digits[index].amax(1, keepdim=True) + DIGIT
         if question == "font":
             return self.fonts[index, None] + FACES
         left, top, right, bottom = self.boxes[index].unbind(1)

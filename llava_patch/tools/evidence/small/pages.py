@@ -81,6 +81,7 @@ def tokenizer() -> Any:
         "<unk>": digits.UNKNOWN,
     }
     words = {**special, **{str(digit): digits.DIGIT + digit for digit in range(10)}}
+    words |= {f"<{number}>": number for number in {*range(digits.VOCABULARY)} - {*words.values()}}  # no text has them
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(

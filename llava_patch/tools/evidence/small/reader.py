@@ -1,5 +1,6 @@
 """The small model that reads strings of digits, and how it is taught to."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from llava_patch.tools.evidence.small.training import Recipe, fit, pretrain_towe
 VISION = Vision(image=digits.SIDE, patch=digits.CELL, width=64, layers=8, heads=2)
 TEXT = Text(digits.VOCABULARY, width=128, layers=4, heads=4, wide=336, positions=64)
 DENSE_BATCH, BATCH = 64, 32
-DENSE, ANSWERS, TOGETHER = Recipe(700, 3e-3), Recipe(150, 2e-3), Recipe(600, 1e-3)
+DENSE, ANSWERS, TOGETHER = Recipe(700, 3e-3), Recipe(150, 2e-3), Recipe(800, 1e-3)
 HELD = 512  # images of held-out strings
 PARTS = ("tower", "projector", "language")
 
@@ -31,7 +32,7 @@ class Lessons:
         together: all of them.
     """
 
-    images: int = 16000
+    images: int = 32000
     dense: Recipe = DENSE
     answers: Recipe = ANSWERS
     together: Recipe = TOGETHER
@@ -46,6 +47,16 @@ class Lessons:
 def new(seed: int) -> Any:
     """The untaught model, in eval mode."""
     return build(VISION, TEXT, digits.IMAGE, seed)
+
+
+@torch.no_grad()
+def fresh_projector(model: Any, seed: int) -> None:
+    """Make the projector, widened or not, a new one as `build` does."""
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (module for module in anatomy.find(model).projector.modules() if isinstance(module, nn.Linear)):
+        drawn = torch.randn(linear.weight.shape, generator=generator) / math.sqrt(linear.in_features)
+        linear.weight.copy_(drawn)
+        nn.init.zeros_(linear.bias)
 
 
 def draws(count: int, seed: int, size: int = BATCH) -> Callable[[], Tensor]:

@@ -49,7 +49,7 @@ def test_patch_labels_name_every_digit_from_left_to_right():
             assert (row[row > 0].diff() >= 0).all()
 
 
-@pytest.mark.parametrize("question, length", [("read", 3), ("place", 1), ("font", 1)])
+@pytest.mark.parametrize("question, length", [("read", 3), ("largest", 1), ("place", 1), ("font", 1)])
 def test_a_batch_asks_and_only_the_answer_is_labelled(drawn, question, length):
     index = torch.tensor([5, 9])
     batch = drawn.batch(index, question)
