@@ -22,6 +22,7 @@ _EXPORTS = {  # beside the methods, which the registry names
     "Saturation": "measurements.saturation.result",
     "compare_reach": "measurements.reach.measure",
     "get_handle": "hosts.anatomy",
+    "image_attention": "measurements.fusion_attention.measure",
     "inspect_checkpoint": "tools.inspect",
     "load": "patching.checkpoint",
     "load_subject": "data.loaded",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from llava_patch.measurements.drift.measure import measure_drift as measure_drift
     from llava_patch.measurements.drift.measurement import Drift as Drift
     from llava_patch.measurements.flops.result import measure_flops as measure_flops
+    from llava_patch.measurements.fusion_attention.measure import image_attention as image_attention
     from llava_patch.measurements.fusion_attention.measure import measure_fusion_attention as measure_fusion_attention
     from llava_patch.measurements.fusion_attention.measurement import FusionAttention as FusionAttention
     from llava_patch.measurements.gradients.measure import measure_gradients as measure_gradients

@@ -44,6 +44,7 @@ class Trace(Observer):
     text_cosine: dict[int, Tensor] = field(default_factory=dict)
     mass: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of text on image keys; zeros without any
     peak: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads], of the read positions on one image key
+    looked: dict[int, Tensor] = field(default_factory=dict)  # float32 [heads, image keys], of the last read position
     entered: dict[int, Tensor] = field(default_factory=dict)  # a layer's input, rows as in `states`
     rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin) of layer 0, each [1, positions, head_dim]
     _positions: tuple[Tensor, Tensor, int] | None = None
@@ -158,6 +159,7 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         if trace.image_keys(index) == 0:  # no image key to look at: zero by definition
             trace.mass[index] = torch.zeros(int(config.num_attention_heads), device=hidden.device)
             trace.peak[index] = trace.mass[index]
+            trace.looked[index] = trace.mass[index][:, None][:, :0]
             return
         head_dim = int(module.head_dim)
         rotary = rotary_of_call(module, hidden[None], kwargs)
@@ -178,6 +180,8 @@ def _watch_attention(trace: Trace, index: int, attention: Any, config: Any, chun
         trace.mass[index] = mass_on_keys(q, k, queries, image, scaling, window, chunk, places)
         reads = torch.searchsorted(asking, trace.reads().to(hidden.device))
         trace.peak[index] = peak_on_keys(q, k, reads, image, scaling, window, chunk, places)
+        (last,) = _probabilities(q, k, reads[-1:], scaling, window, chunk, places)
+        trace.looked[index] = last.flatten(0, 2)[:, image]
 
     undo.push(attention.register_forward_pre_hook(before, with_kwargs=True).remove)
 
@@ -286,7 +290,7 @@ def _probabilities(
         yield scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
 
 
-def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float]]:
+def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], list[float], list[float]]:
     """KL(final || layer) of the logit lens: what each layer would predict through the model's own final norm and head.
 
     Args:
@@ -295,8 +299,8 @@ def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], li
         chunk: positions whose logits [chunk, vocabulary] are held at a time.
 
     Returns:
-        (image, text): per layer the mean in nats over the positions that both the layer and the last one have (pruned
-        ones are in neither); NaN where there are none. The last layer's is 0.
+        (image, text, reads): per layer the mean in nats over the positions that both the layer and the last one have
+        (pruned ones are in neither); NaN where there are none. The last layer's is 0. `reads` are a part of the text.
     """
     layers = range(len(anatomy.layers))
     last = layers[-1]
@@ -324,4 +328,9 @@ def lens_kl(anatomy: Anatomy, trace: Trace, chunk: int) -> tuple[list[float], li
 
     image, text = trace.mask & (rows[last] >= 0), ~trace.mask
     present = [trace.image_states(layer) > 0 for layer in layers]
-    return means(image.nonzero().flatten(), present), means(text.nonzero().flatten(), [True] * len(layers))
+    always = [True] * len(layers)
+    return (
+        means(image.nonzero().flatten(), present),
+        means(text.nonzero().flatten(), always),
+        means(trace.reads(), always),
+    )

@@ -4,7 +4,7 @@ Text-to-image attention mass of single heads in chosen layers, from the q and k 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.hosts import wrappers
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import pairs, passes, trace
 from llava_patch.measurements.fusion_attention.measurement import DEFAULTS, FusionAttention, FusionAttentionResult
 from llava_patch.patching.handle import get_handle
@@ -132,6 +132,25 @@ def fusion_layers(anatomy: Anatomy) -> tuple[int, ...]:
             "fusion layer: name layers below the split with FusionAttention.layers, or measure another variant"
         )
     return found
+
+
+def image_attention(model: nn.Module, sample: dict[str, Any], layers: Sequence[int] | None = None) -> dict[int, Tensor]:
+    """Where the position that answers looks in the image, head by head.
+
+    Args:
+        model: of either host, stock or patched, in evaluation mode.
+        sample: keyword arguments of its forward, a batch of one without padding, with an image and text after it.
+        layers: numbers; None: the fusion layers, see `fusion_layers`.
+
+    Returns:
+        Per layer float32 [heads, image tokens], on CPU: the attention of the last position whose next token is the
+        answer's (without labels: the last text position) on each image token that the layer sees, in order.
+    """
+    anatomy = find(model)
+    chosen = tuple(fusion_layers(anatomy) if layers is None else layers)
+    with torch.no_grad(), trace.traced(anatomy, sample, FusionAttention().chunk, chosen, WHAT) as seen:
+        passes.run(anatomy, sample)
+    return {layer: seen.looked[layer].cpu() for layer in chosen}
 
 
 @torch.no_grad()

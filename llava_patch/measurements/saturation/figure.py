@@ -1,4 +1,4 @@
-"""Figures of the saturation measurement: three panels over the layers, for one model or for several."""
+"""Figures of the saturation measurement: panels over the layers, for one model or for several."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +10,25 @@ from llava_patch.measurements.base import drawn
 from llava_patch.measurements.saturation.result import SaturationResult
 
 COLOURS = (IMAGE, TEXT, SPLIT, OTHER, "#dd8452", "#64b5cd", "#937860", "#da8bc3", "#8c8c8c", "#ccb974")
-TITLES = ("Hidden states across a layer", "Text attention on the image", "Logit lens")
-UNITS = ("cosine(layer input, output)", "attention mass (probability)", "KL(final || layer) (nats)")
+TITLES = ("Hidden states across a layer", "Text attention on the image", "Logit lens", "Image taken away at a split")
+UNITS = (
+    "cosine(layer input, output)",
+    "attention (probability)",
+    "KL(final || layer) (nats)",
+    "KL of the answers (nats)",
+)
 HEIGHT = 3.0  # inches: a panel and its share of the legend below
 _MARKED: dict[str, Any] = {"marker": "o", "ms": 2.5}
 
 
 @drawn
 def saturation_figure(result: SaturationResult) -> Any:
-    """Cosine, attention mass and logit-lens KL over the layers; rings are the transition layers.
+    """Cosine, attention mass, logit-lens KL and what the answers lose over the layers; rings are transition layers.
 
     A patched model's own split is dashed as in every figure, and the layer where it prunes has a line of its own; a
     recommended split is a dotted line that opens a shaded window.
     """
-    figure, axes = _panels(HEIGHT, result.n_layers)
+    figure, axes = _panels(HEIGHT, result.n_layers, count=4 if result.curves.knocked_out else 3)
     _draw(result, axes)
     for axis in axes:
         if result.recommendation.window is not None:
@@ -48,10 +53,11 @@ def saturation_figure(result: SaturationResult) -> Any:
 
 def _draw(result: SaturationResult, axes: list[Any]) -> None:
     curves, layers = result.curves, range(result.n_layers)
-    cosine, mass, lens = axes
+    cosine, mass, lens = axes[:3]
     for i, values in enumerate(zip(*curves.head_mass, strict=True)):
         mass.plot(layers, values, color="0.8", lw=0.5, label="single heads" if i == 0 else None)
     mass.plot(layers, curves.mass, color=IMAGE, **_MARKED)
+    mass.plot(layers, curves.peak, color=OTHER, ls="--", **_MARKED, label="most on one patch, by what answers")
     mass.set_ylim(0, 1.02)
     for color, label, angle, kl, transition in (
         (IMAGE, "image positions", curves.image_cosine, curves.image_kl, result.image_transition),
@@ -63,6 +69,18 @@ def _draw(result: SaturationResult, axes: list[Any]) -> None:
             ring = f"{label.split()[0]} transition {transition}"
             lens.plot([transition], [kl[transition]], "o", ms=8, mfc="none", mec=color, clip_on=False, label=ring)
     lens.set_ylim(bottom=0)
+    if curves.knocked_out:
+        _draw_lost(result, axes[3])
+
+
+def _draw_lost(result: SaturationResult, axis: Any) -> None:
+    curves, layers = result.curves, range(result.n_layers)
+    axis.plot(layers, curves.withdrawn_kl, color="0.35", label="image gone for good", **_MARKED)
+    axis.plot(layers, curves.fused_kl, color=SPLIT, ls="--", label="last layer sees it again", **_MARKED)
+    allowed = result.settings.knockout_share * curves.withdrawn_kl[0]
+    axis.axhline(allowed, color="0.6", lw=0.8, ls=":", label=f"{result.settings.knockout_share:.0%} of all")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("split")
 
 
 @drawn
@@ -105,10 +123,10 @@ def _flag(axis: Any, layer: int | None, unit: float, number: int, color: str, fi
     axis.plot([layer * unit], [0.96 - 0.07 * (number % 10)], "v", ms=5, mec=color, mfc=face, transform=across, zorder=4)
 
 
-def _panels(height: float, *depths: int) -> tuple[Any, list[Any]]:
-    """A figure with three panels over the layers of models of these depths, in percent where they differ."""
-    figure, axes = plotting.panels(1, 3, height)
-    for axis, title, unit in zip(axes, TITLES, UNITS, strict=True):
+def _panels(height: float, *depths: int, count: int = 3) -> tuple[Any, list[Any]]:
+    """A figure with the first panels over the layers of models of these depths, in percent where they differ."""
+    figure, axes = plotting.panels(1, count, height)
+    for axis, title, unit in zip(axes, TITLES[:count], UNITS[:count], strict=True):
         axis.set(title=title, ylabel=unit)
         if len(depths) == 1:
             plotting.layer_axis(axis, depths[0])

@@ -72,7 +72,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
     with passes.evaluating(anatomy.model):
         with trace.traced(anatomy, sample, settings.chunk) as seen:
             passes.run(anatomy, sample)
-        image_kl, text_kl = trace.lens_kl(anatomy, seen, settings.chunk)
+        image_kl, text_kl, answer_kl = trace.lens_kl(anatomy, seen, settings.chunk)
         # A routed or pruned model has taken the image away itself.
         asked = settings.knockout is not False and patch_on(anatomy) is None
         knocked = knock_out(anatomy, seen, settings.chunk) if asked else None
@@ -90,6 +90,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         image_states=[float(seen.image_states(i)) for i in layers],
         image_keys=[float(seen.image_keys(i)) for i in layers],
         peak=[max(heads) for heads in together(seen.peak)],
+        answer_kl=answer_kl,
         **({} if knocked is None else asdict(knocked)),
     )
     # NaN stands for absent positions in the curves: what overflowed must not be taken for that. All layers' states come

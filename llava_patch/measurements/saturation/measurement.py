@@ -37,20 +37,22 @@ class SaturationMeasurement(Measurement):
     """Visual saturation: from which layer on the image is no longer needed.
 
     Measures cosine, attention mass and logit lens of one checkpoint, stock or
-    patched, layer by layer, and recommends a split. OUTPUT gets
-    saturation.json and saturation.png. Interrupted, the same command goes on,
-    and its result is the same to the last bit.
+    patched, layer by layer, and what a stock one's answers lose when the image
+    is taken away at a split; recommends a split. OUTPUT gets saturation.json
+    and saturation.png. Interrupted, the same command goes on, and its result is
+    the same to the last bit.
     """
 
     name = "saturation"
     title = "Visual saturation"
     about = (
         "From which layer on does the decoder no longer need its image tokens? Cosine near 1: a layer hardly turns the "
-        "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last."
+        "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last. "
+        "What the answers lose when the image is taken away at a split decides where it may leave."
     )
     alt = (
-        "Three panels over the decoder layers: cosine of a layer's input and output, attention mass of text on the "
-        "image, and KL of the logit lens."
+        "Panels over the decoder layers: cosine of a layer's input and output, attention of text on the image, KL of "
+        "the logit lens, and what the answers lose when the image is taken away."
     )
     settings = Saturation
     result = "llava_patch.measurements.saturation.result:SaturationResult"

@@ -50,6 +50,8 @@ class Saturation:
 DEFAULTS = Saturation()
 KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept")
 """The curves that `Saturation.knockout` asks for."""
+LATER = ("peak", "answer_kl", *KNOCKOUT)
+"""The curves that results of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Curves:
     # Largest attention probability of a position that is read on one image key: of the head that has most. This and
     # what follows came later than the curves above: NaN in earlier results, and where it was not asked for.
     peak: list[float] = field(default_factory=list)
+    answer_kl: list[float] = field(default_factory=list)  # the logit lens's KL at the positions that are read
     # What the answers lose when text reads no image from a layer on, see `knockout.Knockout`: KL to the stock answer in
     # nats, and the share whose most probable token stays; `fused`, where the last layer sees the image again.
     withdrawn_kl: list[float] = field(default_factory=list)
@@ -76,7 +79,7 @@ class Curves:
     fused_kept: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("peak", *KNOCKOUT):
+        for name in LATER:
             if not getattr(self, name):
                 object.__setattr__(self, name, [math.nan] * len(self.image_cosine))
 
@@ -210,7 +213,13 @@ class SaturationResult(Result):
         """(head, rows): the curves, a line a layer."""
         c = self.curves
         head = ["layer", "image tokens", "cosine image", "text", "mass", "highest head", "KL image", "text"]
-        columns = c.image_cosine, c.text_cosine, c.mass, map(max, c.head_mass), c.image_kl, c.text_kl
+        columns = [c.image_cosine, c.text_cosine, c.mass, map(max, c.head_mass), c.image_kl, c.text_kl]
+        if not math.isnan(c.peak[0]):
+            head += ["one patch", "KL answer"]
+            columns += [c.peak, c.answer_kl]
+        if c.knocked_out:
+            head += ["lost", "lost (fused)"]
+            columns += [c.withdrawn_kl, c.fused_kl]
         rows = [
             [str(i), f"{keys:g}", *("-" if math.isnan(v) else f"{v:.3g}" for v in values)]
             for i, (keys, *values) in enumerate(zip(c.image_keys, *columns, strict=True))
@@ -228,6 +237,8 @@ class SaturationResult(Result):
             "recommended_split_percent": self.depth_percent(self.recommended_split),
             "window": None if window is None else list(window),
             "reason": self.recommendation.reason,
+            "split_without_late_fusion": self.recommend_for(late_fusion=False).split,
+            "split_by_mass_and_lens": self.passive.split,
             "image_transition_layer": self.image_transition,
             "image_transition_percent": self.depth_percent(self.image_transition),
             "image_leaves_layer": self.image_leaves,

@@ -16,6 +16,7 @@ from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.fusion_attention.measure import (
     MassMeter,
     fusion_layers,
+    image_attention,
     measure_fusion_attention,
     measure_sample,
 )
@@ -67,6 +68,26 @@ def test_equals_eager_attention_in_routed_layers(host: Any, variant: str) -> Non
         below, _ = measure_sample(find(model), sample, (1, 2))
         torch.testing.assert_close(below[0], eager_mass(eager, sample, 1), atol=1e-5, rtol=0)
         assert variant != "lf" or not below[1].any()  # a text-only layer
+
+
+def test_where_the_last_position_looks_is_what_the_fusion_layer_computes(host: Any) -> None:
+    make_model, make_sample = host
+    sample, eager, model = make_sample(after=6), make_model(attention="eager"), make_model()
+    settings, kept = Routing(split=2), []
+    with patch(eager, routing=settings), patch(model, routing=settings):
+        shake(eager), shake(model)
+        hook = find(eager).layers[4].self_attn.register_forward_hook(lambda m, a, o: kept.append(o[1][0]))
+        with torch.no_grad():
+            eager(**sample, use_cache=False)
+        hook.remove()
+        found = image_attention(model, sample)
+        assert list(found) == [4] and found[4].shape == (4, tiny.PATCHES)
+        torch.testing.assert_close(found[4], kept[0][:, -1, IMAGE], atol=1e-5, rtol=0)
+        labels = torch.full_like(sample["input_ids"], -100)
+        labels[0, -1] = 5  # the last token is the answer's: the one before it says it
+        found = image_attention(model, {**sample, "labels": labels}, layers=(4, 3))
+        torch.testing.assert_close(found[4], kept[0][:, -2, IMAGE], atol=1e-5, rtol=0)
+        assert found[3].shape == (4, 0)  # a text-only layer
 
 
 @pytest.mark.parametrize("routing", [None, Routing(split=3)], ids=["fastv", "lf+fastv"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_patch import Routing, patch
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.saturation.measure import RunningMean, measure_sample, measure_saturation
-from llava_patch.measurements.saturation.result import KNOCKOUT, Curves, Saturation, SaturationResult
+from llava_patch.measurements.saturation.result import KNOCKOUT, LATER, Curves, Saturation, SaturationResult
 from llava_patch.measurements.trace import peak_on_keys, read_positions
 from tests.support import tiny
 
@@ -134,7 +134,7 @@ def test_results_without_the_curves_are_read_and_averaged(host: Any) -> None:
     result = measure_saturation(model, [make_sample(), make_sample(seed=1)], progress=False)
     written = result.to_dict()
     assert SaturationResult.from_dict(written) == result
-    for name in ("peak", *KNOCKOUT):
+    for name in LATER:
         assert len(written[name]) == 5
         del written[name]
     old = SaturationResult.from_dict(written)
@@ -152,6 +152,19 @@ def test_the_peak_is_the_largest_single_probability() -> None:
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(-1)
     expected = scores[:, [5, 8]][..., :4].amax(-1).mean(-1)
     torch.testing.assert_close(peak_on_keys(q, k, torch.tensor([5, 8]), keys, 0.35, None, 1), expected)
+
+
+def test_the_answers_lens_is_that_of_the_position_that_is_read(host: Any) -> None:
+    make_model, make_sample = host
+    model, sample, outputs = make_model(), make_sample(), []
+    anatomy = find(model)
+    for layer in anatomy.layers:
+        layer.register_forward_hook(lambda m, a, o: outputs.append(o[0] if isinstance(o, tuple) else o))
+    stock = answer(model, sample)
+    with torch.no_grad():
+        lens = [model.lm_head(anatomy.norm(o))[0, -1].log_softmax(-1) for o in outputs]
+    got = measure_sample(anatomy, sample).answer_kl
+    assert got == pytest.approx([lost(stock, one) for one in lens], rel=1e-3, abs=1e-6)
 
 
 def test_the_peak_curve_is_that_of_the_best_head_at_what_is_read(host: Any) -> None:

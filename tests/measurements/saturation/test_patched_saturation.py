@@ -19,7 +19,7 @@ from llava_patch import FastV, Routing, SkipLinks, patch
 from llava_patch.hosts.anatomy import find
 from llava_patch.hosts.compat import positions
 from llava_patch.measurements.saturation.measure import measure_sample, measure_saturation, patch_on
-from llava_patch.measurements.saturation.result import KNOCKOUT, Curves
+from llava_patch.measurements.saturation.result import LATER, Curves
 from llava_patch.measurements.trace import traced
 from tests.support import models
 from tests.support.models import IMAGE, LAYERS, Host, needs_hf, set_attention
@@ -105,7 +105,7 @@ class Oracle:
 
 def same(got: Curves, expected: Curves) -> None:
     for name, values in dataclasses.asdict(expected).items():
-        if name in ("peak", *KNOCKOUT):  # test_knockout holds them to definitions of their own
+        if name in LATER:  # test_knockout holds them to definitions of their own
             continue
         torch.testing.assert_close(
             torch.tensor(getattr(got, name)), torch.tensor(values), atol=1e-5, rtol=1e-5, equal_nan=True,
