@@ -6,7 +6,6 @@ import sys
 
 import fusion_table.run
 import pytest
-import rprobe_table.run
 from fusion_table import arms, train
 from quickstart import run as quickstart
 from quickstart import steps, table
@@ -237,17 +236,6 @@ def test_an_arm_of_the_fusion_table_is_done_when_it_has_left_weights_losses_and_
         arm()
     with pytest.raises(ValueError, match="names no arm"):
         arms.choose(",")
-
-
-def test_a_probe_of_the_table_has_its_documents_and_figures(tmp_path):
-    path = tmp_path / "rprobe.json"
-    whole = {"mse": 1, "fvu": 1, "psnr": 1, "constant_mse": 1, "steps_to_half_fvu": None, "settings": {}}
-    path.write_text(json.dumps({**whole, "documents": [{"id": "a"}]}))
-    assert rprobe_table.run.measured_in(path)["mse"] == 1
-    for lacks, message in ((whole, "has no documents"), ({**whole, "documents": []}, "has no documents"), ({}, "mse")):
-        path.write_text(json.dumps(lacks))
-        with pytest.raises(Lacking, match=message):
-            rprobe_table.run.measured_in(path)
 
 
 def test_a_damaged_record_of_the_base_is_no_record(tmp_path):
