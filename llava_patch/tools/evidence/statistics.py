@@ -51,7 +51,7 @@ def paired(a: str, b: str, where: Tensor | None = None) -> Effect:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> Effect:
     """Spearman's correlation of two figures of the same things, which are drawn with replacement."""
-    return resampled([np.asarray(a, dtype=float), np.asarray(b, dtype=float)], _spearman)
+    return resampled([np.asarray(a, dtype=float), np.asarray(b, dtype=float)], spearman)
 
 
 def resampled(columns: Sequence[np.ndarray], figure: Callable[..., np.ndarray]) -> Effect:
@@ -72,7 +72,8 @@ def resampled(columns: Sequence[np.ndarray], figure: Callable[..., np.ndarray]) 
     return Effect(value, float(edges[0]), float(edges[1]))
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation along the last axis; nan where a side has one value only."""
     ranks = [optional("scipy.stats").rankdata(column, axis=-1) for column in (a, b)]
     centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
     size = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
