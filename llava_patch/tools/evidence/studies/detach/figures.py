@@ -21,13 +21,16 @@ def figures(found: Found) -> dict[str, Any]:
     places = [(p, o) for p in ("trained", "fresh") for o in ("sgd", "adamw") if f"arm/{p}/{o}/fused" in found]
     if places:
         drawn["arms"] = _arms(found, places)
-    bubbles = {name: found[name] for name in found_names(found, "bubble/")}
+    bubbles = {name.removeprefix("bubble/"): found[name] for name in _names(found, "bubble/")}
     if bubbles:
-        drawn["bubbles"] = _bubbles(bubbles)
+        alike = {"2-0": "arm/fresh/adamw/fused", "2-3": "arm/fresh/adamw/detached"}
+        drawn["bubbles"] = _bubbles(
+            {**bubbles, **{place: found[name] for place, name in alike.items() if name in found}}
+        )
     return drawn
 
 
-def found_names(found: Found, prefix: str) -> list[str]:
+def _names(found: Found, prefix: str) -> list[str]:
     """Names of this study's runs that begin so."""
     whole = f"{found.study}/{prefix}"
     return [name.removeprefix(f"{found.study}/") for name in found if name.startswith(whole) and found.results[name]]
@@ -77,7 +80,7 @@ def _arms(found: Found, places: list[tuple[str, str]]) -> Any:
 def _bubbles(runs: dict[str, list[dict[str, Any]]]) -> Any:
     figure, (axis,) = panels()
     for name, seeds in runs.items():
-        stride, detached = map(int, name.removeprefix("bubble/").split("-"))
+        stride, detached = map(int, name.split("-"))
         share = float(np.mean([statistics.share(one["rows"]) for one in seeds]))
         axis.scatter(stride, detached, s=30 + 900 * share**2, color=TEXT, alpha=0.5, lw=0)
         axis.annotate(f"{share:.2f}", (stride, detached), ha="center", va="center", fontsize=6.5)

@@ -31,6 +31,9 @@ def findings(found: Found) -> list[Finding]:
         for optimizer in ("sgd", "adamw"):
             if all(f"arm/{projector}/{optimizer}/{arm}" in found for arm in ("none", "fused", "detached", "short")):
                 claims += _runs(found, projector, optimizer)
+    fused, deepest = "arm/fresh/adamw/fused", "arm/fresh/adamw/detached"
+    if all(name in found for name in (fused, deepest, "bubble/2-1")):
+        claims += _depths(found, fused, deepest)
     return claims
 
 
@@ -124,6 +127,25 @@ def _runs(found: Found, projector: str, optimizer: str) -> list[Finding]:
         claim("Detaching is better than fused steps of the same length after 120 steps", "detached", "short", "end"),
         claim("Fusing is better than no taps after 120 steps", "fused", "none", "end"),
     ]
+
+
+def _depths(found: Found, fused: str, deepest: str) -> list[Finding]:
+    one, none, every = found["bubble/2-1"], found[fused], found[deepest]
+    alike = all(abs(a["curve"][0][1] - b["curve"][0][1]) < 1e-3 for a, b in zip(one, none, strict=True))
+    lowest = min(statistics.share(seed["rows"]) for seed in none)
+    gate = "" if lowest >= LEAST_READ else f"without detaching, a seed reads {lowest:.2f} of the strings"
+    return [
+        Finding(
+            claim, "Detached Skip-Links, section 6.2 (stride and depth)",
+            "difference of the share of 160 images read, under AdamW from a fresh projector, taps at blocks 2, 4 and 6",
+            tuple(statistics.paired(a["rows"], b["rows"]) for a, b in zip(better, worse, strict=True)),
+            "both begin at the same loss (to 0.001), and take the same batches", alike, gate,
+        )
+        for claim, better, worse in (
+            ("Detaching the shallowest tap reads more than detaching none", one, none),
+            ("Detaching the shallowest tap reads more than detaching all", one, every),
+        )
+    ]  # fmt: skip
 
 
 def _fall(worse: dict[str, Any], better: dict[str, Any], time: str) -> Effect:

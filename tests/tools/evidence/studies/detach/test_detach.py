@@ -170,3 +170,14 @@ def test_every_run_is_named_once_and_needs_what_is_there():
         assert all(need == starts.READER or need in names[:place] for need in run.needs)
     quick = {f"detach/{run.name}" for run in runs.RUNS if run.quick}
     assert all(set(run.needs) <= {*quick, starts.READER} for run in runs.RUNS if run.quick)
+
+
+def test_depths_are_compared_where_the_arms_were_run():
+    runs_of = {"bubble/2-1": 120, "arm/fresh/adamw/fused": 80, "arm/fresh/adamw/detached": 140}
+    results = {
+        f"detach/{name}": [
+            {**arm_result(s, 0.0), "rows": statistics.pack_bits(torch.arange(160) < right)} for s in range(3)
+        ]
+        for name, right in runs_of.items()
+    }
+    assert verdicts(Found("detach", results)) == ["holds", "does not hold"]
