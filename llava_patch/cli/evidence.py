@@ -45,6 +45,7 @@ def evidence(
     from llava_patch.tools.bench.report import machine
     from llava_patch.tools.evidence import report, run
     from llava_patch.tools.evidence.study import SIZES
+    from llava_patch.tools.sweep.process import signals_interrupt
 
     console = Console()
     say = lambda line: console.print(escape(line), soft_wrap=True, highlight=False)  # noqa: E731
@@ -83,7 +84,8 @@ def evidence(
         return
     with folder_lock(output):
         try:
-            failed = run.do(every, output, size, device, jobs, minutes, say)
+            with signals_interrupt():  # or the processes would go on without the command
+                failed = run.do(every, output, size, device, jobs, minutes, say)
         except KeyboardInterrupt:
             say("interrupted: the same command again goes on from here")
             raise typer.Exit(130) from None
