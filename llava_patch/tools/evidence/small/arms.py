@@ -58,13 +58,13 @@ class Base:
             self._cache[steps] = chain.held_out(self.seed + 1000, TEST, steps)
         return pack_bits(chain.right(model, self._cache[steps]))
 
-    def answers(self, routing: Routing | None = None, pruning: FastV | None = None) -> str:
-        """The rows of an arm in which nothing is trained."""
+    def answers(self, routing: Routing | None = None, pruning: FastV | None = None, steps: int | None = None) -> str:
+        """The rows of an arm in which nothing is trained; `steps` of its questions, the most if None."""
         model = self.model()
         if routing is None and pruning is None:
-            return self.rows(model)
+            return self.rows(model, steps)
         with patch(model, routing=routing, pruning=pruning):
-            return self.rows(model)
+            return self.rows(model, steps)
 
     def train(self, model: Any, recipe: Recipe, batch: int = BATCH) -> dict[str, Any]:
         """Train what asks for a gradient, one question a picture, as LLaVA's second stage does."""

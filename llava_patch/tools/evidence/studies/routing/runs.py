@@ -4,11 +4,10 @@ from functools import partial
 from typing import Any
 
 from llava_patch.settings.methods import FastV, Routing
-from llava_patch.tools.evidence.small import arms, chain, stacked
+from llava_patch.tools.evidence.small import arms, stacked
 from llava_patch.tools.evidence.small.arms import SIDE, Base
 from llava_patch.tools.evidence.small.model import weights
 from llava_patch.tools.evidence.small.stacked import LAYERS, STACKS
-from llava_patch.tools.evidence.statistics import pack_bits
 from llava_patch.tools.evidence.study import Context, Run
 
 SPLIT = 4
@@ -42,12 +41,15 @@ def base(ctx: Context, name: str) -> dict[str, Any]:
         losses = stacked.train(model, shape, ctx.seed, steps)
     ctx.keep(weights(model))
     last = losses[-50:]
-    easy = chain.right(model, chain.held_out(ctx.seed + 1000, arms.TEST // 2, 1))
-    found = {"seed": ctx.seed, "loss": sum(last) / len(last), "one": pack_bits(easy)}
-    return {**found, **_untrained(Base(weights(model), shape.steps, ctx.seed, ctx.device))}
+    there = Base(weights(model), shape.steps, ctx.seed, ctx.device)
+    return {
+        "seed": ctx.seed,
+        "loss": sum(last) / len(last),
+        **_untrained(there, EARLY_SPLIT if name == "early" else SPLIT),
+    }
 
 
-def _untrained(there: Base) -> dict[str, Any]:
+def _untrained(there: Base, split: int) -> dict[str, Any]:
     def sweep(last: int, **settings: Any) -> dict[str, str]:
         return {str(split): there.answers(Routing(split=split, **settings)) for split in range(1, last + 1)}
 
@@ -60,6 +62,7 @@ def _untrained(there: Base) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "stock": there.answers(), "vtw": sweep(LAYERS, variant="vtw"),
+        "one": there.answers(steps=1), "one_vtw": there.answers(Routing(variant="vtw", split=split), steps=1),
         "ideal": there.answers(Routing(variant="ideal", split=SPLIT)), "lf": sweep(LAYERS - 1),
         "lf2": sweep(LAYERS - 2, fusion_layers=2), "fastv": there.answers(None, PRUNING), "cost": costs,
     }  # fmt: skip

@@ -23,7 +23,8 @@ def base(reads, stock=0.95, untrained=0.5):
     costs = ("vtw", "lf", "lf2", "pc", "kv", "fastv", "lf_fastv")
     cost = {name: {"prefill": 0.8, "decoder": 0.7, "token": 0.9} for name in costs}
     return {
-        "stock": rows(stock), "one": rows(1.0), "vtw": vtw, "ideal": vtw["4"], "lf": lf, "lf2": lf, "fastv": rows(0.7),
+        "stock": rows(stock), "one": rows(1.0), "one_vtw": rows(1.0),
+        "vtw": vtw, "ideal": vtw["4"], "lf": lf, "lf2": lf, "fastv": rows(0.7),
         "cost": cost,
     }  # fmt: skip
 
@@ -75,6 +76,11 @@ def test_a_base_that_cannot_answer_decides_nothing(results):
     results["routing/late"] = seeds(base(7, stock=0.6))
     found = the(results, "LF keeps the accuracy of a base that reads late")
     assert found.verdict == UNDECIDED and "0.60" in found.gate
+
+
+def test_a_sweep_shows_nothing_where_one_step_misses_the_image_as_well(results):
+    results["routing/late"] = seeds(base(7) | {"one_vtw": rows(0.5)})
+    assert not the(results, "Image tokens that leave before layer 7").passed
 
 
 def test_an_arm_that_does_as_well_without_its_image_shows_nothing(results):
