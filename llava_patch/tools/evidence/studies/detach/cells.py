@@ -31,6 +31,9 @@ class Cells:
         """Of the results of `one_step`, one a start."""
         rows = [[(cell, window) for window in one["windows"] for cell in window["cells"]] for one in starts]
         self.count = len(rows)
+        self.first = [one["windows"][0]["block"] for one in starts]  # at the first tapped block, before any step
+        self.trained = np.array([one["start"]["projector"] == "trained" for one in starts])
+        self.fresh = np.array([one["start"]["projector"] == "fresh" for one in starts])
         self.gain, self.error = (_table(rows, lambda cell, _, name=name: cell[name]) for name in ("gain", "gain_error"))
         self.same = _table(rows, lambda cell, _: cell["same"])
         self.gamma = _table(rows, lambda cell, _: cell["gamma"])
@@ -94,6 +97,24 @@ class Cells:
                 return np.asarray(np.nanmedian(gone[drawn.astype(int)].reshape(len(drawn), -1), axis=1))
 
         return resampled([np.arange(self.count)], middle)
+
+    def agreement(self) -> Effect:
+        """Cosine of main and skip gradient at trained projectors' starts minus that at fresh ones', mean of each."""
+        cosine = np.array([block["cosine"] for block in self.first])
+
+        def gap(drawn: np.ndarray) -> np.ndarray:
+            place = drawn.astype(int)
+            sides = [
+                (cosine[place] * is_in[place]).sum(1) / is_in[place].sum(1) for is_in in (self.trained, self.fresh)
+            ]
+            return np.asarray(sides[0] - sides[1])
+
+        with np.errstate(invalid="ignore"):  # draws without one kind are left out
+            return resampled([np.arange(self.count)], gap)
+
+    def of(self, name: str, kind: np.ndarray) -> list[float]:
+        """A figure of the first tapped block at the starts of one kind."""
+        return [block[name] for block, is_in in zip(self.first, kind, strict=True) if is_in]
 
     def _hits(self, rule: str, where: np.ndarray | None) -> np.ndarray:
         """A start's (right, all) where detaching gains, (right, all) where it loses: [starts, 4]."""

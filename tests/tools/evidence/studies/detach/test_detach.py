@@ -34,8 +34,10 @@ def made_up(seed, truth=1.0, same=0.1):
                 gain = truth * predicted + 0.01 * gamma * rng.normal()
                 own = {"predicted": predicted, "predicted_own": predicted, "predicted_same": 0.0}
                 cells.append({"gamma": gamma, "gain": gain, "gain_error": 0.02 * gamma, "same": same * gain, **own})
-            windows.append({"after": after, "tower": tower, "cells": cells})
-        results[f"detach/one/{start.name}"] = {"seed": seed, "windows": windows}
+            cosine = rng.normal(0.6 if start.projector == "trained" else 0.0, 0.05)
+            block = {"c": 1.0, "delta": 0.1, "cosine": cosine}
+            windows.append({"after": after, "tower": tower, "block": block, "cells": cells})
+        results[f"detach/one/{start.name}"] = {"seed": seed, "start": vars(start), "windows": windows}
     return results
 
 
@@ -49,13 +51,13 @@ def verdicts(found):
 
 def test_a_condition_that_is_right_holds_and_what_has_nothing_to_do_with_it_does_not():
     claims = verdicts(together(*map(made_up, range(3))))
-    assert claims[0] == claims[4] == claims[5] == claims[6] == "holds"
-    assert "holds" not in claims[1:4]
+    assert [claims[place] for place in (0, 1, 5, 6, 7)] == ["holds"] * 5
+    assert "holds" not in claims[2:5]
 
 
 def test_a_condition_that_is_wrong_does_not_hold():
     claims = verdicts(together(*(made_up(seed, truth=-1.0, same=0.9) for seed in range(3))))
-    assert claims[0] == claims[6] == "does not hold" and claims[5] == "undecided at this size"
+    assert claims[1] == claims[7] == "does not hold" and claims[6] == "undecided at this size"
 
 
 def test_where_detaching_never_gains_nothing_is_decided():
@@ -65,8 +67,16 @@ def test_where_detaching_never_gains_nothing_is_decided():
             for cell in (cell for window in result["windows"] for cell in window["cells"]):
                 cell["gain"] = -abs(cell["gain"])
     found = findings.findings(together(*seeds))
-    assert found[0].gate and {one.verdict for one in found[:5]} == {"undecided at this size"}
-    assert json.dumps(found[0].values)
+    assert found[1].gate and {one.verdict for one in found[1:6]} == {"undecided at this size"}
+    assert json.dumps(found[1].values)
+
+
+def test_a_fresh_projector_whose_gradients_agree_is_not_the_papers_picture():
+    seeds = [made_up(seed) for seed in range(3)]
+    seeds[1]["detach/one/fresh"]["windows"][0]["block"]["cosine"] = 0.5
+    picture = findings.findings(together(*seeds))[0]
+    assert picture.verdict == "undecided at this size" and not picture.passed
+    assert 0.4 < picture.effect[0].value < 0.7 and picture.values["cosine, trained projector, median"][0] > 0.4
 
 
 def test_signs_are_counted_by_hand():
