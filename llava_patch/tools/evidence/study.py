@@ -18,7 +18,7 @@ from llava_patch.core.files import atomic
 from llava_patch.core.stored import read_object, read_tensors
 from llava_patch.tools.evidence.findings import Found
 
-STUDIES: tuple[str, ...] = ("gradients", "rprobe", "routing", "detach", "correlate", "both")
+STUDIES: tuple[str, ...] = ("gradients", "rprobe", "saturation", "routing", "detach", "correlate", "both")
 """Folders of `studies`, in the order of the report: instruments before what is measured with them."""
 _FRAME = (__name__, f"{__package__}.findings")  # decide no number of a run
 
