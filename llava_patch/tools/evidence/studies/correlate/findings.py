@@ -10,13 +10,18 @@ from llava_patch.tools.evidence.findings import Effect, Finding, Found
 TITLE = "R-Probe's error against reading"
 ABOUT = (
     "Exact match on held-out strings beside R-Probe's error on the images of strings, without text, over checkpoints "
-    "of one backbone: those of one training that starts half taught, and a taught model with more and more noise in "
-    "its tower's weights. Noise in the decoder's layers behind those that R-Probe copies must ruin reading and leave "
-    "the error: the probe says what tokens keep, not what the decoder makes of them. Then the same training with "
-    "R-Probe's error in its loss, on equal batches; every fourth step asks for the largest digit instead."
+    "of one backbone: those of one training that starts half taught, and a taught model whose projector loses rank or "
+    "whose tower's weights get noisier. Noise in the decoder's layers behind those that R-Probe copies must ruin "
+    "reading and leave the error: the probe says what tokens keep, not what the decoder makes of them. Then the same "
+    "training with R-Probe's error in its loss, on equal batches; every fourth step asks for the largest digit instead."
 )
 BEHIND = 0.3  # exact match that noise in the decoder has to cost
 SAME = 0.01  # share by which the error may move meanwhile
+SHORT = {
+    "damage/rank": "R-Probe ranks as reading does: less let through",
+    "damage/tower": "R-Probe ranks as reading does: noisy tower",
+    "training": "R-Probe ranks as reading does: one training",
+}
 PAPER = "Detached Skip-Links and R-Probe, Table 8"
 
 
@@ -28,14 +33,20 @@ def findings(found: Found) -> list[Finding]:
             _correlation(found, name, claim, note)
             for name, claim, note in (
                 (
-                    "training",
-                    "Over the checkpoints of one training, lower R-Probe error goes with better reading",
-                    "both also go with the number of steps, so this alone does not say that one causes the other",
+                    "damage/rank",
+                    "Where a projector lets less and less through, R-Probe's error ranks checkpoints as reading does",
+                    "what is taken away is information, which is what the probe measures",
                 ),
                 (
                     "damage/tower",
-                    "Over graded damage to the tower, higher R-Probe error goes with worse reading",
-                    "damage that a user would meet may be of other kinds",
+                    "Where a tower's weights get noisier, R-Probe's error ranks checkpoints as reading does",
+                    "noise makes features others that the decoder cannot read; it need not take pixels away, and a "
+                    "probe that is made anew learns to read them",
+                ),
+                (
+                    "training",
+                    "Over the checkpoints of one training, R-Probe's error ranks checkpoints as reading does",
+                    "here reading grows while the tower, taught on patch labels before, keeps about what it kept",
                 ),
             )
             if name in found
@@ -73,10 +84,12 @@ def _correlation(found: Found, name: str, claim: str, note: str) -> Finding:
         values={
             "exact match, lowest": [min(exact(one)) for one in seeds],
             "exact match, highest": [max(exact(one)) for one in seeds],
+            "MSE, lowest": [min(errors(one)) for one in seeds],
+            "MSE, highest": [max(errors(one)) for one in seeds],
             "exact match lost by noise in the decoder": lost,
         },
         note=note,
-        short="R-Probe's error ranks checkpoints as reading does" if name == "training" else "",
+        short=SHORT[name],
     )
 
 

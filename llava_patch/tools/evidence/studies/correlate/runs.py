@@ -2,18 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_patch.hosts import anatomy
 from llava_patch.integrations.training.auxiliary import RegionCollator
 from llava_patch.patching.patch import patch
 from llava_patch.probe.auxiliary.regions import KEY
+from llava_patch.probe.decoder import quarter
 from llava_patch.settings.auxiliary import AuxiliaryProbe
 from llava_patch.tools.evidence.small import digits, pages, probing, reader
 from llava_patch.tools.evidence.small.training import Recipe, fit
@@ -26,10 +27,17 @@ HALF = reader.Lessons(6000, replace(reader.DENSE, steps=400), replace(reader.ANS
 TRAINING = Recipe(360, 1e-3)
 OTHER_EVERY = 4  # steps: of these one asks for the largest digit
 SNAPSHOTS = 9
-PROBE = 500, 150  # images and steps
+PROBE = 600, 200  # images and steps
 LAMBDAS = (0.1, 1.0)
 REPEATS = 9  # of a timed pair of steps
-NOISE = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)  # of a weight's own spread
+DAMAGE: dict[str, tuple[float, ...]] = {
+    "rank": (64, 32, 16, 12, 8, 6, 4, 3, 2),
+    "tower": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    "decoder": (0.0, 1.0, 1.5, 2.0),
+}
+"""Rank that is left of the projector's first matrix; noise, as a share of a weight matrix's own spread.
+
+Less noise in the decoder's layers behind the first changes no answer."""
 
 
 def start(context: Context) -> dict[str, Any]:
@@ -144,24 +152,37 @@ def _collator(drawn: digits.Drawn, handle: Any, device: torch.device) -> Callabl
 
 
 def damage(context: Context, part: str) -> dict[str, Any]:
-    """The reader with more and more noise in its weights: those of the tower, or of the decoder behind the probe's.
+    """The reader with more and more damage in its weights.
 
     Args:
         context: of the run.
-        part: "tower", or "decoder": its layers behind the first quarter, which R-Probe has no copy of.
+        part: "rank": the projector's first matrix keeps its largest singular values alone, which takes information
+            away; "tower": noise in the tower, which makes its features others; "decoder": noise in its layers behind
+            the first quarter, which R-Probe has no copy of.
     """
     found = []
-    for amount in NOISE:
+    for amount in DAMAGE[part]:
         model = _loaded(context, READER)
-        _disturb(model, part, amount, context.seed)
-        found.append({"noise": amount, **scores(context, model), **probe(context, model)})
+        parts = anatomy.find(model)
+        if part == "rank":
+            _truncate(
+                next(module for module in parts.projector.modules() if isinstance(module, nn.Linear)), int(amount)
+            )
+        else:
+            behind = parts.layers[quarter(len(parts.layers)) :]
+            _disturb([parts.tower] if part == "tower" else behind, amount, context.seed)
+        found.append({"amount": amount, **scores(context, model), **probe(context, model)})
     return {"snapshots": found}
 
 
 @torch.no_grad()
-def _disturb(model: Any, part: str, amount: float, seed: int) -> None:
-    parts = anatomy.find(model)
-    modules = [parts.tower] if part == "tower" else list(parts.layers[len(parts.layers) // 4 :])
+def _truncate(linear: nn.Linear, rank: int) -> None:
+    left, values, right = torch.linalg.svd(linear.weight, full_matrices=False)
+    linear.weight.copy_(left[:, :rank] * values[:rank] @ right[:rank])
+
+
+@torch.no_grad()
+def _disturb(modules: Iterable[nn.Module], amount: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in (parameter for module in modules for parameter in module.parameters()):
         if parameter.ndim == 2:
@@ -182,5 +203,5 @@ RUNS = (
         Run(f"auxiliary/{weight:g}", partial(train, weight=weight, snapshots=0), (START,), seconds=70)
         for weight in LAMBDAS
     ),
-    *(Run(f"damage/{part}", partial(damage, part=part), (READER,), seconds=40) for part in ("tower", "decoder")),
+    *(Run(f"damage/{part}", partial(damage, part=part), (READER,), seconds=5 * len(DAMAGE[part])) for part in DAMAGE),
 )

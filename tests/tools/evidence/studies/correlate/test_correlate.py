@@ -28,6 +28,7 @@ def found(error=lambda share: 1 - share, moved=1.0, aided=0.9, aided_error=0.05,
     one = {
         "training": {"snapshots": training, "end": checkpoint(0.1, 0.7), "steps": 9},
         "damage/tower": {"snapshots": training},
+        "damage/rank": {"snapshots": training},
         "damage/decoder": {"snapshots": blind},
         "auxiliary/0.1": end,
         "auxiliary/1": end,
@@ -40,20 +41,20 @@ def verdicts(*args, **kwargs):
 
 
 def test_errors_that_rank_checkpoints_as_reading_does_hold_and_others_do_not():
-    assert verdicts()[:2] == [HOLDS, HOLDS]
-    assert verdicts(error=lambda share: share)[:2] == [FAILS, FAILS]
-    assert verdicts(error=lambda share: (7 * share) % 0.5)[:2] == [UNDECIDED, UNDECIDED]
+    assert verdicts()[:3] == [HOLDS] * 3
+    assert verdicts(error=lambda share: share)[:3] == [FAILS] * 3
+    assert verdicts(error=lambda share: (7 * share) % 0.5)[:3] == [UNDECIDED] * 3
 
 
 def test_a_probe_that_sees_what_lies_behind_it_decides_nothing():
-    assert verdicts(moved=1.1)[:2] == [UNDECIDED, UNDECIDED]
+    assert verdicts(moved=1.1)[:3] == [UNDECIDED] * 3
 
 
 def test_the_auxiliary_loss_is_judged_by_both_questions():
-    assert verdicts()[2:4] == [HOLDS, UNDECIDED]
-    assert verdicts(aided=0.5)[2] == FAILS
-    assert verdicts(largest=0.4)[3] == HOLDS
-    assert verdicts(aided_error=0.2)[2:] == [UNDECIDED] * 4
+    assert verdicts()[3:5] == [HOLDS, UNDECIDED]
+    assert verdicts(aided=0.5)[3] == FAILS
+    assert verdicts(largest=0.4)[4] == HOLDS
+    assert verdicts(aided_error=0.2)[3:] == [UNDECIDED] * 4
 
 
 def test_claims_whose_runs_are_not_there_are_left_out():
@@ -67,7 +68,7 @@ def test_figures_are_drawn():
 
 def test_the_runs_work_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "HELD", 16)
-    monkeypatch.setattr(runs, "NOISE", (0.0, 0.5))
+    monkeypatch.setattr(runs, "DAMAGE", {"rank": (64, 2), "tower": (0.0, 0.5), "decoder": (0.0, 1.0)})
     torch.manual_seed(0)
 
     def done(name, work=None, **changed):
@@ -89,8 +90,10 @@ def test_the_runs_work_one_after_another(tmp_path, monkeypatch):
     (tmp_path / "weights" / "correlate" / "start-seed0.safetensors").rename(weights / "reader-seed0.safetensors")
     whole, noisy = done("damage/decoder")["snapshots"]
     assert whole["mse"] == noisy["mse"] and whole["read_loss"] != noisy["read_loss"]
-    whole, noisy = done("damage/tower")["snapshots"]
-    assert whole["mse"] != noisy["mse"]
+    for part in ("tower", "rank"):
+        one, other = done(f"damage/{part}")["snapshots"]
+        assert one["mse"] != other["mse"] and one["read_loss"] != other["read_loss"]
+    assert one["mse"] == pytest.approx(whole["mse"], rel=1e-3)  # a whole rank is no damage
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
