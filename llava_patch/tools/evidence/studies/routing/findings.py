@@ -223,7 +223,7 @@ def _beside(found: Found) -> Iterator[Finding]:
         f"LF costs FastV no more than {LITTLE}", f"{DPVR}, Table 6", _measured(seeds, "LF + FastV(2, ½) - FastV"),
         _gain(both, "rows", seeds, "fastv"), "FastV itself must cost something, or nothing was pruned",
         all(gap.low > 0 for gap in _gain(seeds, "stock", seeds, "fastv")), gate=shut, least=-LITTLE,
-        values={"FastV": _shares(seeds, "fastv")} | _companions(both, seeds) | _prefill(seeds, "fastv")
+        values={"FastV": _shares(seeds, "fastv"), "LF + FastV": _shares(both, "rows")} | _prefill(seeds, "fastv")
         | _prefill(seeds, "lf_fastv"), short="LF beside FastV",
     )  # fmt: skip
     tuned = {"LoRA, r = 16": lora, "full": full}
