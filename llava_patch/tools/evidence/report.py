@@ -38,7 +38,11 @@ def sections(values: Mapping[str, Any]) -> list[Section]:
         seconds = sum(sum(values["runs"][name]["seconds"]) for name in one.runs if name in values["runs"])
         lacking = [name for name in one.runs if len(results.get(name, ())) < values["seeds"]]
         said = "" if not lacking else f"not whole: {', '.join(lacking)}"
-        found.append(Section(one, one.findings(results), seconds, said))
+        try:
+            said_of = one.findings(results)
+        except Missing:
+            said_of = []
+        found.append(Section(one, said_of, seconds, said))
     return found
 
 

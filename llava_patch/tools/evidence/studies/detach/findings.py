@@ -70,7 +70,10 @@ def _claims(cells: Sequence[Cells]) -> list[Finding]:
         for rule, claim, source in (
             ("variance dominance", "Variance dominance alone (c > 1) predicts it", f"{ASSUMED}, 1"),
             ("cosine", "The cosine alone (below 0) predicts it", f"{ASSUMED}, 2"),
-            ("SNR", "The signal-to-noise ratios alone (full below main) predict it", "Detached Skip-Links, eq. 5"),
+            (
+                "SNR", "The signal-to-noise ratios alone (full below main) predict it",
+                "Detached Skip-Links, section 4.2 (SNR)",
+            ),
         )
     ]  # fmt: skip
     against = Finding(
@@ -156,7 +159,7 @@ def _depths(found: Found, fused: str, deepest: str) -> list[Finding]:
     gate = "" if lowest >= LEAST_READ else f"without detaching, a seed reads {lowest:.2f} of the strings"
     return [
         Finding(
-            claim, "Detached Skip-Links, section 6.2 (stride and depth)",
+            claim, "Detached Skip-Links, section 6.3 and Figure 6",
             "difference of the share of 160 images read, under AdamW from a fresh projector, taps at blocks 2, 4 and 6",
             tuple(statistics.paired(a["rows"], b["rows"]) for a, b in zip(better, worse, strict=True)),
             "both begin at the same loss (to 0.001), and take the same batches", alike, gate,

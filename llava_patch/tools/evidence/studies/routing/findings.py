@@ -111,7 +111,7 @@ def _sweeps(found: Found) -> Iterator[Finding]:
     same = [unpack_bits(one["ideal"]) == unpack_bits(one["vtw"][str(SPLIT_AT["late"])]) for one in seeds]
     yield Finding(
         "Without fusion layers a side branch changes no answer: ideal is VTW at text positions",
-        f"{DPVR}, Table 1",
+        f"{DPVR}, section 3.2 (DPVR-LF-ideal)",
         "share of questions that ideal and VTW at the same split answer both right or both wrong",
         tuple(statistics.mean(one.float().numpy()) for one in same),
         "the stock model must differ from VTW there",
@@ -155,7 +155,7 @@ def _turned(found: Found) -> Iterator[Finding]:
     for variant in ("pc", "kv"):
         yield _keeps(found, "turned", variant, f"{variant.upper()} keeps the accuracy there as well", "")
     yield Finding(
-        "Where the middle layers work on image states, LF must be trained", f"{DPVR}, section 3",
+        "Where the middle layers work on image states, LF must be trained", f"{DPVR}, section 3.2",
         _measured(seeds, "LF trained - LF untrained, split 4, K = 1"), _gain(arm, "rows", arm, "untrained"),
         "an untrained branch must still be better than one fed another picture",
         all(gap.low > 0 for gap in _gain(arm, "untrained", arm, "other")), gate=shut, least=0.05, values=beside,
@@ -167,7 +167,8 @@ def _turned(found: Found) -> Iterator[Finding]:
         _NEEDS_IMAGE, _falls(arm), gate=shut, least=0.0, values=beside, note=planted,
     )  # fmt: skip
     yield Finding(
-        "A side branch that begins as a copy learns more than one begun at random", f"{DPVR}, section 3.2",
+        "A side branch that begins as a copy learns more than one begun at random",
+        "theory: a copy begins near what the layers did",
         _measured(seeds, "copy - random, both trained alike"), _gain(arm, "rows", arm, "random"),
         _NEEDS_IMAGE, _falls(arm), gate=shut, values=beside,
         short="copied start beats a random one",
@@ -201,7 +202,7 @@ def _fusions(found: Found) -> Iterator[Finding]:
     values = {f"{k}, K = {n}": v for n, arm in ((1, one), (2, two)) for k, v in _companions(arm, seeds).items()}
     values |= {f"{k}, layer 6 alone": v for k, v in _companions(sparse, seeds).items()}
     yield Finding(
-        "Where the last but one layer reads, K = 2 is needed: the last layer alone cannot fuse", f"{DPVR}, Figure 4",
+        "Where the last but one layer reads, K = 2 is needed: the last layer alone cannot fuse", f"{DPVR}, Table 5",
         _measured(seeds, "LF with K = 2 - LF with K = 1, both trained"), _gain(two, "rows", one, "rows"),
         _NEEDS_IMAGE, _falls(two), gate=shut, least=MUCH, values=values, short="K must reach the layer that reads",
     )  # fmt: skip
@@ -220,7 +221,8 @@ def _beside(found: Found) -> Iterator[Finding]:
     seeds, shut, lf = found["turned"], gate(found, "turned"), _arms(found, "turned/arms", "lf")
     both, lora, full = (_arms(found, "turned/beside", name) for name in ("lf_fastv", "lora", "full"))
     yield Finding(
-        f"LF costs FastV no more than {LITTLE}", f"{DPVR}, Table 6", _measured(seeds, "LF + FastV(2, ½) - FastV"),
+        f"LF costs FastV no more than {LITTLE}", f"{DPVR}, section 2: left to future work",
+        _measured(seeds, "LF + FastV(2, ½) - FastV"),
         _gain(both, "rows", seeds, "fastv"), "FastV itself must cost something, or nothing was pruned",
         all(gap.low > 0 for gap in _gain(seeds, "stock", seeds, "fastv")), gate=shut, least=-LITTLE,
         values={"FastV": _shares(seeds, "fastv"), "LF + FastV": _shares(both, "rows")} | _prefill(seeds, "fastv")

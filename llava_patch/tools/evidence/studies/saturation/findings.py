@@ -53,8 +53,8 @@ SIGNALS = (
     Signal("attention mass", lambda curves: curves["mass"]),
     Signal("the image states' turning (1 - cosine)", lambda curves: [1 - value for value in curves["image_cosine"]]),
     Signal("the image's logit lens", lambda curves: curves["image_kl"]),
-    Signal("the largest weight on one patch", lambda curves: curves["peak"], source="spec: a further signal"),
-    Signal("the answer's logit lens", lambda curves: curves["answer_kl"], source="spec: a further signal"),
+    Signal("the largest weight on one patch", lambda curves: curves["peak"], source="theory: a further signal"),
+    Signal("the answer's logit lens", lambda curves: curves["answer_kl"], source="theory: a further signal"),
     Signal(CAUSAL, lambda curves: curves["withdrawn_kl"], 0.05, "VTW, asked at every split"),
 )
 

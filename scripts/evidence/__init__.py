@@ -1,0 +1,1 @@
+"""Puts what `llava-patch evidence` found into the project's own pages."""
