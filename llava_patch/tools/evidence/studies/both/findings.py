@@ -38,7 +38,7 @@ def findings(found: Found) -> list[Finding]:
             f"LF keeps a fused model's accuracy, within {LITTLE}", "both papers together",
             f"share of {count} held-out two-step questions, fused + LF - fused, paired",
             _gain(fused, "rows", fused, "tuned"), control, needs, gate=gate, least=-LITTLE, values=values,
-            short="LF on top of Skip-Links",
+            short="LF on a model with Skip-Links keeps its accuracy (within 0.03)",
         ),
         Finding(
             f"LF loses no more on a fused model than on a plain one, within {LITTLE}", "both papers together",

@@ -45,7 +45,7 @@ def findings(found: Found) -> list[Finding]:
             apart,
             least=CLOSE,
             values={"delta of mixed pairs, largest": [max(row) for row in mixed]},
-            short="instrument finds planted gradients",
+            short="gradient statistics find what was planted",
         ),
         Finding(
             "With each path's own curvature, the predicted gain of detaching is the one that steps on the loss have",

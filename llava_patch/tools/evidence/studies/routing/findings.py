@@ -104,8 +104,9 @@ def _sweeps(found: Found) -> Iterator[Finding]:
             values={f"VTW {split}": [share(one["vtw"][split]) for one in seeds] for split in seeds[0]["vtw"]}
             | {"stock": _shares(seeds, "stock"), "one step": _shares(seeds, "one")}
             | {f"one step, VTW {SPLIT_AT[base]}": _shares(seeds, "one_vtw")},
-            note="the layer is where the base was made to begin reading; training could have moved it",
-            short=f"VTW sweep places the {base} reading layer",
+            note="the layer is where the base was made to begin reading; training could have moved it. Behind the last "
+            "layer nothing is routed, so there VTW is the stock model by definition",
+            short=f"the VTW sweep finds the layer that reads the image ({base} base)",
         )  # fmt: skip
     seeds = found["late"]
     same = [unpack_bits(one["ideal"]) == unpack_bits(one["vtw"][str(SPLIT_AT["late"])]) for one in seeds]
@@ -124,7 +125,13 @@ def _sweeps(found: Found) -> Iterator[Finding]:
 
 
 def _late(found: Found) -> Iterator[Finding]:
-    yield _keeps(found, "late", "lf", "LF keeps the accuracy of a base that reads late", "LF keeps late reading")
+    yield _keeps(
+        found,
+        "late",
+        "lf",
+        "LF keeps the accuracy of a base that reads late",
+        "LF keeps the accuracy of a base that reads late (within 0.03)",
+    )
     base, arm = found["late"], _arms(found, "late/arms", "lf")
     yield Finding(
         "On a late base that was trained on answers alone, LF's side branch has something to learn",
@@ -151,7 +158,13 @@ def _turned(found: Found) -> Iterator[Finding]:
     seeds, arm = found["turned"], _arms(found, "turned/arms", "lf")
     shut, beside = gate(found, "turned"), _companions(arm, seeds)
     planted = "the base is planted: a loss made its last layer depend on the middle's work on image states"
-    yield _keeps(found, "turned", "lf", "LF keeps the accuracy where the middle works on the image", "LF, K = 1")
+    yield _keeps(
+        found,
+        "turned",
+        "lf",
+        "LF keeps the accuracy where the middle works on the image",
+        "LF keeps it where the middle layers work on the image (within 0.03)",
+    )
     for variant in ("pc", "kv"):
         yield _keeps(found, "turned", variant, f"{variant.upper()} keeps the accuracy there as well", "")
     yield Finding(
@@ -159,7 +172,7 @@ def _turned(found: Found) -> Iterator[Finding]:
         _measured(seeds, "LF trained - LF untrained, split 4, K = 1"), _gain(arm, "rows", arm, "untrained"),
         "an untrained branch must still be better than one fed another picture",
         all(gap.low > 0 for gap in _gain(arm, "untrained", arm, "other")), gate=shut, least=0.05, values=beside,
-        note=planted, short="LF's side branch learns what the middle did",
+        note=planted, short="there LF's side branch must be trained: trained against untrained",
     )  # fmt: skip
     yield Finding(
         "LF stays below the stock model even when trained", "theory: one layer stands for four",
@@ -171,7 +184,7 @@ def _turned(found: Found) -> Iterator[Finding]:
         "theory: a copy begins near what the layers did",
         _measured(seeds, "copy - random, both trained alike"), _gain(arm, "rows", arm, "random"),
         _NEEDS_IMAGE, _falls(arm), gate=shut, values=beside,
-        short="copied start beats a random one",
+        short="a copied side branch learns more than a random one",
     )  # fmt: skip
 
 
@@ -187,7 +200,7 @@ def _early(found: Found) -> Iterator[Finding]:
         _measured(seeds, "stock - LF trained, split 2"), _gain(seeds, "stock", lf, "rows"),
         f"PC at the same split, which shows the image to every layer, must gain at least {MUCH} over LF",
         all(gap.low > MUCH for gap in _gain(pc, "rows", lf, "rows")), gate=shut, least=MUCH,
-        values=_companions(lf, seeds), short="LF fails where no fusion layer reads (predicted)",
+        values=_companions(lf, seeds), short="LF fails where no fusion layer reads, as theory says: stock against LF",
     )  # fmt: skip
     yield Finding(
         "PC brings it back", "theory: the layer that reads gets image states again",
@@ -204,13 +217,14 @@ def _fusions(found: Found) -> Iterator[Finding]:
     yield Finding(
         "Where the last but one layer reads, K = 2 is needed: the last layer alone cannot fuse", f"{DPVR}, Table 5",
         _measured(seeds, "LF with K = 2 - LF with K = 1, both trained"), _gain(two, "rows", one, "rows"),
-        _NEEDS_IMAGE, _falls(two), gate=shut, least=MUCH, values=values, short="K must reach the layer that reads",
+        _NEEDS_IMAGE, _falls(two), gate=shut, least=MUCH, values=values,
+        short="late fusion must reach the layer that reads: K = 2 against 1",
     )  # fmt: skip
     yield Finding(
         f"One fusion layer is enough if it is the one that reads (sparse fusion), within {LITTLE} of K = 2",
         f"{DPVR}, future work", _measured(seeds, "fusion at layer 6 alone - K = 2"),
         _gain(sparse, "rows", two, "rows"), _NEEDS_IMAGE, _falls(sparse), gate=shut, least=-LITTLE, values=values,
-        short="sparse fusion at the reading layer",
+        short="one fusion layer is enough if it is the one that reads (sparse)",
     )  # fmt: skip
 
 
@@ -226,7 +240,8 @@ def _beside(found: Found) -> Iterator[Finding]:
         _gain(both, "rows", seeds, "fastv"), "FastV itself must cost something, or nothing was pruned",
         all(gap.low > 0 for gap in _gain(seeds, "stock", seeds, "fastv")), gate=shut, least=-LITTLE,
         values={"FastV": _shares(seeds, "fastv"), "LF + FastV": _shares(both, "rows")} | _prefill(seeds, "fastv")
-        | _prefill(seeds, "lf_fastv"), short="LF beside FastV",
+        | _prefill(seeds, "lf_fastv"), note="its companions (untrained, random, another picture) are not measured",
+        short="LF costs FastV nothing (within 0.03)",
     )  # fmt: skip
     tuned = {"LoRA, r = 16": lora, "full": full}
     yield Finding(
@@ -258,7 +273,9 @@ def _recipes(found: Found) -> Iterator[Finding]:
         f"{DPVR}, appendix B", _measured(seeds, "batch 4 - batch 128, each at the better of two rates"),
         _gain(small, "rows", large, "rows"), "both arms must begin at the same untrained model",
         all(a["untrained"] == b["untrained"] for a, b in zip(small, large, strict=True)),
-        gate=gate(found, "turned"), values=_every(runs), short="LF's recipe: batch 4 against 128",
+        gate=gate(found, "turned"), values=_every(runs),
+        note="of 128 at rates 5e-4 and 2e-3 alone: at a larger one it may catch up",
+        short="LF trains better in batches of 4 than of 128, at equal samples",
     )  # fmt: skip
 
 
@@ -271,7 +288,14 @@ def _every(runs: Seeds) -> dict[str, list[float]]:
 
 
 def _ladder(found: Found) -> Iterator[Finding]:
-    yield _keeps(found, "ladder", "lf", "LF keeps the third of three steps", "LF, three steps", steps="three")
+    yield _keeps(
+        found,
+        "ladder",
+        "lf",
+        "LF keeps the third of three steps",
+        "LF keeps the third of three steps (within 0.03)",
+        steps="three",
+    )
 
 
 # --- figure -----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ def findings(found: Found) -> list[Finding]:
     return every
 
 
+DAMAGES = {
+    "blurred": "features blurred", "dropped_0.25": "a quarter of the tokens dropped", "dropped_0.5": "half, further",
+}  # fmt: skip
+
+
 def _gate(found: Found) -> str:
     read = [statistics.share(one["held"]) for one in found["reader"]]
     return "" if min(read) >= READS else f"the model reads {min(read):.2f} of held-out strings, under {READS}"
@@ -51,9 +56,15 @@ def _gate(found: Found) -> str:
 def _order(seeds: Sequence[Mapping[str, Any]], gate: str) -> list[Finding]:
     names = list(VARIANTS)
     claims = (
-        ("Where the region is masked, its text lowers R-Probe's error", "text helps R-Probe, region masked"),
-        ("The region without text is worth more than the text without region", "region beats text"),
-        ("Where the region is seen, its text lowers R-Probe's error further", "text helps R-Probe, region seen"),
+        (
+            "Where the region is masked, its text lowers R-Probe's error",
+            "R-Probe: text helps where the region is masked",
+        ),
+        (
+            "The region without text is worth more than the text without region",
+            "R-Probe: the region without text beats the text without region",
+        ),
+        ("Where the region is seen, its text lowers R-Probe's error further", "R-Probe: text helps where it is seen"),
     )
     unseen = [one["masked_without_text"]["fvu"] for one in seeds]
     count = len(seeds[0][names[0]]["errors"].split())
@@ -88,7 +99,7 @@ def _decided_by_text(seeds: Sequence[Mapping[str, Any]]) -> Finding:
         min(unseen) > NOTHING_TO_SEE,
         least=0.9,
         values=names | {"FVU masked, no text": unseen},
-        short="R-Probe rebuilds from text alone",
+        short="R-Probe rebuilds a masked region from its text alone",
     )
 
 
@@ -115,7 +126,7 @@ def _damage(seeds: Sequence[Mapping[str, Any]]) -> list[Finding]:
             "with intact features the probe must know the region (FVU under 0.5), or there is nothing to lose",
             max(knows) < 0.5,
             values=values,
-            short=f"R-Probe sees: {more.replace('_', ' ')}",
+            short=f"R-Probe's error rises: {DAMAGES[more]}",
         )
         for claim, less, more in claims
     ]
@@ -139,7 +150,7 @@ def _taps(found: Found) -> Finding:
             "fall by another image's taps": [one.value for one in control],
         },
         note="says what tokens keep, not what is read: the loss of the projector's training is about the same",
-        short="R-Probe sees shallow taps",
+        short="shallow taps lower R-Probe's error",
     )
 
 

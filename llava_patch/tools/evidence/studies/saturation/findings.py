@@ -242,7 +242,7 @@ def _recommended(seeds: Sequence[Sequence[Look]], gate: str) -> Finding:
         },
         note="What is measured is an LF whose side branch does what the layers did: in the base turned, whose middle "
         "layers change what the last one reads, only a trained side branch can be that, and untrained LF is not.",
-        short="split by answers, not by mass",
+        short="the recommended split is where LF keeps its answers, not where mass falls",
     )
 
 
