@@ -136,7 +136,11 @@ def test_the_curvature_is_what_losses_show(host, detach):
                 with moved(host.model, 2, sign * distance * g / g.norm()), torch.no_grad():
                     losses.append(loss64(host, handle))
             second = (losses[0] - 2 * losses[1] + losses[2]) / distance**2 * float(g.norm()) ** 2
-            assert bend == pytest.approx(second, rel=0.05)
+            # llava's loss is one float32 number: a second difference keeps the rounding of its four terms, and of the
+            # logits that they are means of (which on other processors came to 3 of these at most).
+            rounding = 16 * abs(losses[1]) * 2**-24 if host.name == "llava" else 0
+            noise = rounding / distance**2 * float(g.norm()) ** 2
+            assert bend == pytest.approx(second, rel=0.05, abs=noise)
         assert found[2] == 0
 
 
