@@ -3,7 +3,7 @@ import pytest
 import scipy.stats
 import torch
 
-from llava_patch.tools.evidence import statistics
+from llava_patch.tools.evidence import report, statistics, study
 from llava_patch.tools.evidence.findings import FAILS, HOLDS, UNDECIDED, Effect, Finding
 
 ABOVE, BELOW, ACROSS = Effect(0.2, 0.1, 0.3), Effect(-0.2, -0.3, -0.1), Effect(0.0, -0.1, 0.1)
@@ -64,3 +64,11 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert found.value == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
     assert -1 <= found.low < found.value < found.high <= 1
     assert statistics.rank_correlation(a, a).low == 1
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_study_of_which_nothing_was_run_says_so_and_draws_nothing(name):
+    values = {"runs": {}, "seeds": 3}
+    (section,) = [section for section in report.sections(values) if section.study.name == name]
+    assert section.findings == [] and section.lacking.startswith("not whole: ")
+    assert report.figures_of(section.study, values) == {}

@@ -304,6 +304,8 @@ def _ladder(found: Found) -> Iterator[Finding]:
 def figures(found: Found) -> dict[str, Any]:
     """The VTW and the untrained LF sweep of each base, and LF's companions at its split."""
     bases = [base for base in READS if base in found]
+    if not bases:
+        raise Missing("late")
     figure, axes = panels(1, len(bases))
     for axis, base in zip([axes] if len(bases) == 1 else axes, bases, strict=True):
         _draw(axis, found, base)
