@@ -32,11 +32,11 @@ class Section:
 
 def sections(values: Mapping[str, Any]) -> list[Section]:
     """What the results of `evidence.json` say, study by study."""
-    results = {name: one["results"] for name, one in values["runs"].items()}
     found = []
     for one in map(study.read, study.STUDIES):
         seconds = sum(sum(values["runs"][name]["seconds"]) for name in one.runs if name in values["runs"])
-        lacking = [name for name in one.runs if len(results.get(name, ())) < values["seeds"]]
+        results = results_of(one, values)
+        lacking = [name for name in one.runs if len(values["runs"].get(name, {"seeds": ()})["seeds"]) < values["seeds"]]
         said = "" if not lacking else f"not whole: {', '.join(lacking)}"
         try:
             said_of = one.findings(results)
@@ -44,6 +44,19 @@ def sections(values: Mapping[str, Any]) -> list[Section]:
             said_of = []
         found.append(Section(one, said_of, seconds, said))
     return found
+
+
+def results_of(one: Study, values: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results of all runs, of those seeds alone that every run of the study has (one may have been broken off)."""
+    runs = values["runs"]
+    needed = {before for run in one.runs.values() for before in run.needs}
+    own = [set(runs[name]["seeds"]) for name in runs if name in one.runs or name in needed]
+    common = set.intersection(*own) if own else set()
+    return {
+        name: [result for seed, result in zip(run["seeds"], run["results"], strict=True) if seed in common]
+        for name, run in runs.items()
+        if common <= set(run["seeds"])
+    }
 
 
 def shown(effect: Effect) -> str:
@@ -129,7 +142,7 @@ def _entry(finding: Finding) -> str:
 def figures_of(one: Study, values: Mapping[str, Any]) -> dict[str, Any]:
     """A study's figures by name; none where a run that they need is not there."""
     try:
-        return one.figures({name: run["results"] for name, run in values["runs"].items()})
+        return one.figures(results_of(one, values))
     except Missing:
         return {}
 

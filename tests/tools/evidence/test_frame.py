@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from llava_patch.cli.main import app
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.tools.evidence import report, run, study
-from llava_patch.tools.evidence.findings import Missing
+from llava_patch.tools.evidence.findings import UNDECIDED, Missing
 from llava_patch.tools.evidence.study import SIZES, Study
 from tests.tools.evidence import toy
 
@@ -112,3 +112,14 @@ def test_a_run_that_is_not_there_is_missing():
     with pytest.raises(Missing):
         Study("toy", "", "", {}, sys.modules[toy.__name__]).findings({"toy/base": [{}]})
     assert replace(CPU, seeds=1).seeds == 1
+
+
+def test_a_study_that_was_broken_off_is_judged_on_the_seeds_that_all_its_runs_have(tmp_path):
+    every, _ = done(tmp_path)
+    study.run_path(tmp_path, "toy/arm", 1).unlink()
+    values = run.collect(every, tmp_path, CPU, "a machine")
+    (section,) = report.sections(values)
+    (finding,) = section.findings
+    assert len(finding.effect) == 2 and finding.verdict == UNDECIDED and "toy/arm" in section.lacking
+    whole = report.results_of(section.study, values)
+    assert whole["toy/base"] == [values["runs"]["toy/base"]["results"][seed] for seed in (0, 2)]
