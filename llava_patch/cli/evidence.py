@@ -94,7 +94,7 @@ def evidence(
         values = run.collect(every, output, size, machine(torch.device(device))["device"])
         write_json(output / run.KEPT, values)
         finish(values)
-    left = sum(run.kept(output, task) is None for task in every.values())
+    left = len(every) - sum(len(one["seeds"]) for one in values["runs"].values())
     if left:
         say(f"{left} runs are left: the same command again goes on")
     raise typer.Exit(1 if failed else 0)

@@ -77,11 +77,12 @@ def tasks(studies: Sequence[Study], size: Size, quick: bool, device: str) -> dic
             if run.quick or not quick:
                 want(name)
     shared = [versions(), size.name, size.scale, device.partition(":")[0]]
+    sources = {name: run.sources() for name, run in wanted.items()}
     found: dict[tuple[str, int], Task] = {}
     for seed in range(size.seeds):
         for name, run in wanted.items():
             before = [found[needed, seed].key for needed in run.needs]
-            key = digest([shared, name, seed, run.sources(), before])
+            key = digest([shared, name, seed, sources[name], before])
             found[name, seed] = Task(name.partition("/")[0], run, seed, key)
     return found
 
