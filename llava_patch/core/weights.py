@@ -18,6 +18,7 @@ from torch import Tensor
 from llava_patch.core import stored
 from llava_patch.core.errors import CheckpointError, StorageError, brief, shown
 from llava_patch.core.files import track
+from llava_patch.core.hub import is_path
 
 Load = Callable[[], Tensor]
 Tensors = dict[str, Load]
@@ -52,12 +53,6 @@ def locate(source: str, name: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise nothing_at(source) from error
     return None if found is None else Path(found)
-
-
-def is_path(source: str) -> bool:
-    """Whether a word can only be a path: it is there, or is spelled as no name of the hub is (one slash at most)."""
-    spelled = source.startswith((".", "/", "~")) or source.endswith("/")
-    return spelled or os.path.lexists(source) or not 1 <= len(source.replace("\\", "/").split("/")) <= 2 or not source
 
 
 def nothing_at(source: str, setting: str = "", download: bool = True) -> CheckpointError:

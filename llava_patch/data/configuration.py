@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
+from llava_patch.core.hub import adapter_folder
 from llava_patch.core.weights import lacks_config, read_json
 from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
@@ -23,7 +24,7 @@ def read_transform(folder: str | Path, mode: str, text_height: float = TEXT_HEIG
 
     CheckpointError: there is none, or its base or tower is gone; SettingError or HostError: it is none for the mode.
     """
-    folder = Path(folder)
+    folder = Path(adapter_folder(str(folder)))
     record = records.read_settings(folder)
     base = folder
     if record is not None and record.get("form") == records.ADAPTER:

@@ -13,6 +13,7 @@ import torch
 from llava_patch.core import memory, parallel, records
 from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, MissingExtraError, SettingError, brief
 from llava_patch.core.finite import DIVERGED, first_not_finite
+from llava_patch.core.hub import adapter_folder, is_path
 from llava_patch.core.memory import float32_default
 from llava_patch.core.weights import check_headers, lacks_config, locate, read_json
 from llava_patch.data.inputs import Inputs
@@ -64,13 +65,13 @@ def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str =
     files = configs.read(checkpoint)
     if base and read_json(base, "config.json") is None:  # it may be a language model alone
         raise lacks_config(base, f"--base {base}")
-    below = base or (records.base_of(checkpoint, files.record or {}) if files.is_adapter else "")
+    below = base or (records.base_of(files.source, files.record or {}) if files.is_adapter else "")
     if place == "cpu":
         number = memory.cpu_dtype(dtype, below or checkpoint) or number
     load = _load_llava if files.host == LLAVA else _load_hf
     given: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if base and files.is_adapter:
-        given, base = records.base_is(checkpoint, base), ""
+        given, base = records.base_is(files.source, base), ""
     with float32_default(), given:
         check_headers(below or checkpoint)
         try:
@@ -100,14 +101,15 @@ def base_of(checkpoint: str, given: str, setting: str) -> str:
     if given:
         configs.read(given, f"{setting} {given}")
         return given
-    record = records.read_settings(checkpoint) if Path(checkpoint).is_dir() else None
+    folder = adapter_folder(checkpoint)
+    record = records.read_settings(folder) if Path(folder).is_dir() else None
     named = (record or {}).get("base")
     if record is not None and named:
-        named = records.find_base(checkpoint, record) or named
+        named = records.find_base(folder, record) or named
     if not named:
         why = "it is no adapter of llava_patch, so it names no base" if record is None else "its record names no base"
         raise CheckpointError(f"{checkpoint}: {why}: say with {setting} what to compare it with")
-    if not Path(named).is_dir():
+    if not Path(named).is_dir() and is_path(named):
         raise CheckpointError(
             f"{checkpoint}: its record names {named} as its base, and there is no such folder here: say with {setting} "
             "where it is"
@@ -183,7 +185,7 @@ def is_part(checkpoint: str) -> bool:
     """
     files = configs.look(checkpoint)
     if files.is_adapter:
-        return records.find_base(checkpoint, files.record or {}) is None
+        return records.find_base(files.source, files.record or {}) is None
     return files.host == LLAVA and not _is_whole(files)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from llava_patch.core import stored
 from llava_patch.core.errors import CheckpointError, HostError, brief, shown
+from llava_patch.core.hub import adapter_folder
 from llava_patch.core.records import ADAPTER, CONFIG_KEY, carried, find_base, read_settings
 from llava_patch.core.weights import MEND, lacks_config, read_json
 from llava_patch.hosts.anatomy import HOSTS, LLAVA
@@ -20,7 +21,7 @@ from llava_patch.hosts.towers.layout import SEVERAL_SCALES
 class CheckpointFiles:
     """The files of one checkpoint."""
 
-    source: str  # folder or hub name
+    source: str  # folder or hub name; an adapter on the hub: its folder on this machine
     config: dict[str, Any]  # its config.json, without our key; empty where it has none
     host: str  # whose config.json it is, "llava" or "hf"; "" where there is none
     # The settings of our patch: of the folder's own settings file, else of its config.json; None: stock.
@@ -43,6 +44,7 @@ def look(source: str) -> CheckpointFiles:
 
     CheckpointError: a damaged file, settings of another format, or the config.json of another model.
     """
+    source = adapter_folder(source)
     config = read_json(source, "config.json")
     host = "" if config is None else host_of(config, source)
     record = read_settings(source) if os.path.isdir(source) else None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_patch.core import records
+from llava_patch.core import hub, records
 from llava_patch.core.errors import CheckpointError, HostError, LlavaPatchError, brief
 from llava_patch.core.undo import UndoStack, meanwhile
 from llava_patch.settings import active
@@ -30,6 +30,15 @@ def is_host(cls: Any) -> bool:
     )
 
 
+def at_hand(path: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a loader got as path and as named arguments, an adapter on the hub replaced by its folder here."""
+    asked = {name: kwargs[name] for name in hub.OPTIONS if kwargs.get(name)}
+    folder = hub.adapter_folder(path, **asked) if isinstance(path, str) else path
+    if folder == path:
+        return path, kwargs
+    return folder, {name: value for name, value in kwargs.items() if name not in hub.OF_THE_NAME}
+
+
 class Loading(NamedTuple):
     """One call of a host's from_pretrained: the stock function, the model class, and the arguments."""
 
@@ -42,6 +51,11 @@ class Loading(NamedTuple):
     def stock(self, path: Any = None, **changed: Any) -> Any:
         """What the stock from_pretrained returns, for another checkpoint or with other named arguments."""
         return self.original(self.cls, self.path if path is None else path, *self.args, **{**self.kwargs, **changed})
+
+    def at_hand(self) -> "Loading":
+        """The same call with an adapter on the hub replaced by its folder on this machine."""
+        path, kwargs = at_hand(self.path, self.kwargs)
+        return self._replace(path=path, kwargs=kwargs)
 
     def record(self) -> dict[str, Any] | None:
         """The settings file of a patched checkpoint's folder; what its config.json says is checked as well."""
@@ -58,6 +72,7 @@ def load(call: Loading) -> Any:
 
     CheckpointError: a patched checkpoint lacks tensors, or its base is gone.
     """
+    asked, call = call.path, call.at_hand()
     record, config = call.record(), call.kwargs.get("config")
     if record is not None and record.get("form") == records.LORA:
         # Patched, then given peft's layers: the order of the run, and so its bits.
@@ -65,7 +80,7 @@ def load(call: Loading) -> Any:
         _model_of(loaded).load_adapter(str(call.path))  # ours, below
         return loaded
     carried = records.config_record(config) if config is not None else None
-    if carried and str(getattr(config, "_name_or_path", call.path)) != str(call.path):
+    if carried and str(getattr(config, "_name_or_path", call.path)) not in (str(call.path), str(asked)):
         return _load_base_for(call, config, carried)
     if record is not None and record.get("form") == "adapter":
         from llava_patch.hosts import compat
@@ -140,6 +155,7 @@ def _base_errors(folder: Any, base: str) -> Iterator[None]:
 
 def load_adapter(original: Callable[..., Any], model: Any, folder: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The method of this name, peft's and transformers' own; what else was trained beside the adapter comes too."""
+    folder, kwargs = at_hand(folder, kwargs)
     record = _beside_peft(folder, model)
     if record is None:
         return original(model, folder, *args, **kwargs)
@@ -210,7 +226,7 @@ def load_stock(call: Loading, why: str) -> Any:
 
     if configured := _configured():
         raise HostError(f"{configured} is configured, {why}")
-    if (call.record() or {}).get("form") in ("adapter", records.LORA):
+    if (call.at_hand().record() or {}).get("form") in ("adapter", records.LORA):
         refuse()
     with _construction(call.cls, refuse):
         return call.stock()

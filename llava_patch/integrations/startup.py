@@ -275,6 +275,7 @@ def _on_peft(module: Any, undo: UndoStack) -> None:
 
     @functools.wraps(original)
     def from_pretrained(model_class: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        model_id, kwargs = loading.at_hand(model_id, kwargs)
         loading.patch_base(model, model_id)
         return original(model_class, model, model_id, *args, **kwargs)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import CheckpointError, SilentFusionWarning, refuse
 from llava_patch.core.files import check_space, staged, storage_errors, write_text
+from llava_patch.core.hub import OPTIONS, adapter_folder
 from llava_patch.core.records import (
     ADAPTER,
     CONFIG_KEY,
@@ -35,10 +36,11 @@ from llava_patch.core.records import (
     read_settings,
     write_settings,
 )
-from llava_patch.core.stored import check_values, read_object, read_tensors
-from llava_patch.core.weights import WEIGHT_FORMATS, open_weights, read_file
+from llava_patch.core.stored import check_values, first_unknown, read_object, read_tensors
+from llava_patch.core.weights import WEIGHT_FORMATS, nothing_at, open_weights, read_file
 from llava_patch.hosts import compat, lora, storage, zero
 from llava_patch.hosts.anatomy import when_loaded
+from llava_patch.patching import model_card
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_as_loaded, check_fingerprint
 from llava_patch.patching.patch import patch
@@ -88,7 +90,13 @@ def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     return tensors
 
 
-def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
+def save(
+    handle: Handle,
+    directory: str | os.PathLike[str],
+    form: str = "adapter",
+    base: str = "",
+    measured: Mapping[str, Any] | None = None,
+) -> Path:
     """Save a patched model.
 
     Args:
@@ -97,6 +105,9 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             on the disk. With weights that DeepSpeed ZeRO-3 or FSDP2 has partitioned, every rank must call this
             (gathering is collective) and the first one writes.
         form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
+        base: what an adapter is to name as its base, a hub name where others are to load it; "": where the model came
+            from.
+        measured: what was measured on the model, by name, for the model card.
 
     Returns:
         The folder.
@@ -108,7 +119,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
     """
     _check_can_save(handle, form)
     folder = Path(directory)
-    base = getattr(handle.model.config, "_name_or_path", "") or ""
+    named, base = base, getattr(handle.model.config, "_name_or_path", "") or ""
     record = {**handle.settings(), "form": form}
     if form == FULL:
         _check_folder(folder, form)
@@ -118,13 +129,14 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
         with staged(folder, _LAST, _WEIGHTS) as new:
             handle.anatomy.model.save_pretrained(new, state_dict=state)
             _complete(handle, base, folder, new)
+            model_card.write(handle, new, folder, form, named or base, measured)
             write_settings(new, record, weights=new)
         return folder
     base = _base_of(base, folder)
     _check_folder(folder, form)
     tensors = adapter_tensors(handle)
     _check_tensors(handle, tensors)
-    record["base"] = base
+    record["base"] = named or base
     record["fingerprint"] = base_fingerprint(handle.model, set(tensors))
     if zero.is_partitioned(handle.model.parameters()) and torch.distributed.get_rank() != 0:
         return folder  # every rank gathers, the first one writes
@@ -140,6 +152,7 @@ def save(handle: Handle, directory: str | os.PathLike[str], form: str = "adapter
             write_text(path, json.dumps(values, indent=2) + "\n")
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         _complete(handle, base, folder, new)
+        model_card.write(handle, new, folder, form, named or base, measured)
         write_settings(new, record, weights=new / WEIGHTS_FILE)
     return folder
 
@@ -240,12 +253,13 @@ def _copy_side_files(base: str, folder: Path, new: Path) -> None:
             shutil.copyfile(found, new / name)
 
 
-def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
+def load(model: nn.Module, directory: str | os.PathLike[str], **hub: Any) -> Handle:
     """Apply a saved adapter to a base model that is already in memory.
 
     Args:
         model: the base, patched with the same settings or not at all.
-        directory: a folder written by `save`.
+        directory: a folder written by `save`, or the name of one on the Hugging Face hub.
+        hub: where that name is looked up: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`.
 
     Returns:
         The model's handle.
@@ -256,9 +270,13 @@ def load(model: nn.Module, directory: str | os.PathLike[str]) -> Handle:
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"load(model, directory) takes the base model itself, not {model!r}: load that one first")
-    folder = Path(directory)
+    if unknown := first_unknown(hub, OPTIONS):
+        raise CheckpointError(f"load(model, directory) has no argument {unknown!r}: expected some of {OPTIONS}")
+    folder = Path(adapter_folder(os.fspath(directory), **hub))
     record = read_settings(folder)
     if record is None:
+        if not folder.is_dir():
+            raise nothing_at(os.fspath(directory))
         raise CheckpointError(f"{folder}: no {SETTINGS_FILE} here; was it saved with handle.save()?")
     if record.get("form") != ADAPTER:
         raise CheckpointError(f"{folder}: a full checkpoint; open it with the host's own from_pretrained")

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -307,11 +307,65 @@ class Handle:
         for method in self.methods.values():
             method.fit_files(folder)
 
-    def save(self, directory: str | os.PathLike[str], form: str = "adapter") -> Path:
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        form: str = "adapter",
+        base: str = "",
+        measured: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Save what was added or trained ("adapter") or the whole model ("full"); see `checkpoint.save`."""
         from llava_patch.patching import checkpoint
 
-        return checkpoint.save(self, directory, form)
+        return checkpoint.save(self, directory, form, base, measured)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], push_to_hub: bool = False, repo_id: str = "", **options: Any
+    ) -> Path:
+        """The same by the habits of Hugging Face's `save_pretrained`.
+
+        Args:
+            directory: folder to write.
+            push_to_hub: upload as well, as `push_to_hub` of this handle does.
+            repo_id: the repository on the hub; "": the folder's name, in the account that is logged in.
+            options: those of `save`, and with `push_to_hub` those of `push_to_hub`.
+        """
+        asked = {name: options.pop(name) for name in ("form", "base", "measured") if name in options}
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(directory).resolve().name, **asked, **options)
+        elif options or repo_id:
+            raise LlavaPatchError(f"save_pretrained: {[*options, 'repo_id'][0]} is for push_to_hub=True")
+        return self.save(directory, **asked)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        form: str = "adapter",
+        base: str = "",
+        measured: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload what `save` writes to the Hugging Face hub, with its model card.
+
+        The host's own `from_pretrained("me/adapter")`, or `llava_patch.load(base, "me/adapter")`, then opens it.
+
+        Args:
+            repo_id: the repository, "me/adapter"; it is made where there is none.
+            form: "adapter" or "full", as of `save`.
+            base: the base's name on the hub; needed where the model came from a folder of this machine.
+            measured: what was measured on the model, by name, for the model card.
+            options: of the hub's client: `private`, `token`, `revision`, `commit_message`, `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: as of `save`; a base, or a vision tower of llava, that is a folder of this machine, which
+                nobody else could load.
+        """
+        from llava_patch.patching import publishing
+
+        return publishing.push(self, repo_id, form, base, measured, **options)
 
 
 def refuse_copy(protocol: Any) -> NoReturn:
