@@ -66,8 +66,10 @@ def dtype(on_gpu: str = "float16") -> Any:
 
 
 DTYPE = dtype()
-GIN_FILE = typer.Option([], help="gin file with bindings of this measurement or a patch; may be repeated")
-GIN_PARAM = typer.Option([], help="one gin binding; may be repeated")
+GIN_FILE = typer.Option(
+    [], "--gin-file", "--gin_file", help="gin file with bindings of this measurement or a patch; may be repeated"
+)
+GIN_PARAM = typer.Option([], "--gin-param", "--gin_param", help="one gin binding; may be repeated")
 MODEL: Parameters = {
     "question": (str, QUESTION), "base": (str, BASE), "device": (str, DEVICE), "dtype": (str, DTYPE),
 }  # fmt: skip

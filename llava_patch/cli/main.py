@@ -11,10 +11,11 @@ from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, data, run  # noqa: F401 - they join `app`
 from llava_patch.core import registry
 from llava_patch.core.errors import LlavaPatchError, brief
+from llava_patch.core.version import __version__
 
 TRACEBACK = "LLAVA_PATCH_TRACEBACK"
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(rprobe.app, name="rprobe", rich_help_panel=PANEL)
 app.command("correlate", no_args_is_help=True, rich_help_panel=PANEL)(compare.correlate)
 app.command("report", no_args_is_help=True, rich_help_panel=PANEL)(tools.report_command)
@@ -30,8 +31,16 @@ app.command("merge", no_args_is_help=True)(tools.merge_command)
 app.command("gin-files")(tools.gin_files)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llava_patch {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="which one this is"),
+) -> None:
     """Multi-layer vision fusions, DPVR routing, R-Probe and diagnostics for LLaVA models.
 
     Start with doctor (is everything there?), inspect CKPT (what is it?) and

@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import llava_patch
 from llava_patch.cli.main import app
 from llava_patch.core.errors import LlavaPatchError, SettingError
 
@@ -85,3 +86,23 @@ def test_a_terminal_in_ascii_and_a_pipe_that_is_closed(tmp_path):
     with subprocess.Popen([*code, "gin-files"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["-h"], ["bench", "-h"], ["saturation", "-h"], ["rprobe", "run", "-h"]]
+)
+def test_the_habits_of_a_command_line(words):
+    done = subprocess.run([sys.executable, "-m", "llava_patch", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.strip() == f"llava_patch {llava_patch.__version__}"
+        if words == ["--version"]
+        else "Usage" in done.stdout
+    )
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_gin_bindings_are_given_with_either_dash(dash, tmp_path):
+    words = ["flops", "--shape", "7b", f"--gin{dash}file", str(tmp_path / "no.gin")]
+    done = subprocess.run([sys.executable, "-m", "llava_patch", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "no.gin" in done.stderr, done.stderr
