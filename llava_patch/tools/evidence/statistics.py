@@ -1,6 +1,7 @@
 """Intervals of what the runs found: 95 %, percentile bootstrap with a fixed seed, so that anyone finds the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,11 @@ def unpack_bits(text: str) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=int(count)).astype(bool))
 
 
+def short(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
+
+
 def share(rows: str) -> float:
     """Share of right rows."""
     return float(unpack_bits(rows).float().mean())
@@ -47,6 +53,11 @@ def paired(a: str, b: str, where: Tensor | None = None) -> Effect:
         raise ValueError(f"{len(one)} rows and {len(other)}: they are not the same samples")
     gap = one - other
     return mean(gap if where is None else gap[where.numpy()])
+
+
+def gains(a: Sequence[Mapping[str, Any]], key: str, b: Sequence[Mapping[str, Any]], other: str) -> tuple[Effect, ...]:
+    """`paired` of the rows under `key` in `a` and under `other` in `b`, seed by seed."""
+    return tuple(paired(one[key], beside[other]) for one, beside in zip(a, b, strict=True))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> Effect:

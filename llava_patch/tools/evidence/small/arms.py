@@ -106,11 +106,11 @@ class Base:
                 found = {"untrained": self.rows(model), **self.train(model, recipe, batch)}
                 return {**found, "rows": self.rows(model)}
 
-    def companions(self, routing: Routing, recipe: Recipe = SIDE) -> dict[str, Any]:
+    def companions(self, routing: Routing, recipe: Recipe = SIDE, pruning: FastV | None = None) -> dict[str, Any]:
         """A side branch trained, with what must be beside it: untrained, begun at random, and without its image."""
-        own = self.side(routing, recipe=recipe)
-        other = self.side(routing, image="other", recipe=recipe)
-        random = self.side(routing, start="random", recipe=recipe)
+        own = self.side(routing, pruning, recipe=recipe)
+        other = self.side(routing, pruning, image="other", recipe=recipe)
+        random = self.side(routing, pruning, start="random", recipe=recipe)
         return {
             "rows": own["rows"], "untrained": own["untrained"], "other": other["rows"], "random": random["rows"],
             "trainable": own["trainable"], "loss": own["loss"], "other_loss": other["loss"],

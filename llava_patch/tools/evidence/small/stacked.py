@@ -99,16 +99,35 @@ def one_step(seed: int, device: torch.device, tower_steps: int = 700, steps: int
 
 def stack(first: Mapping[str, Tensor], shape: Stack, seed: int) -> Any:
     """The deep decoder as it begins: the pair of layers `first` at each of its places, new layers elsewhere."""
+    return put(first, {pair + i: i for pair in shape.pairs for i in range(PAIR) if pair + i < LAYERS}, seed)
+
+
+def put(
+    trained: Mapping[str, Tensor], sources: Mapping[int, int], seed: int, quiet: float = 1.0, last: Any = None
+) -> Any:
+    """A decoder of `LAYERS` layers with trained weights in some of them.
+
+    Args:
+        trained: of a decoder of any depth; what is no layer is taken as it is.
+        sources: layer -> which of the trained decoder's it is a copy of; others are new.
+        seed: of the new ones.
+        quiet: what new layers write is multiplied by it, so that they pass on what came before.
+        last: weights of another decoder, whose first layer becomes the last one.
+    """
     model = new(seed + 7)
     state = model.state_dict()
-    for name, tensor in first.items():
-        if LANGUAGE not in name or ".layers." not in name:
-            state[name].copy_(tensor)
+    for name, tensor in state.items():
+        before, found, rest = name.partition(".layers.")
+        if not found or LANGUAGE not in before:
+            tensor.copy_(trained[name])
             continue
-        before, _, rest = name.partition(".layers.")
         number, _, rest = rest.partition(".")
-        for pair in (pair for pair in shape.pairs if pair + int(number) < LAYERS):
-            state[f"{before}.layers.{pair + int(number)}.{rest}"].copy_(tensor)
+        if last is not None and int(number) == LAYERS - 1:
+            tensor.copy_(last[f"{before}.layers.0.{rest}"])
+        elif (source := sources.get(int(number))) is not None:
+            tensor.copy_(trained[f"{before}.layers.{source}.{rest}"])
+        elif rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            tensor.mul_(quiet)
     model.load_state_dict(state)
     return model
 

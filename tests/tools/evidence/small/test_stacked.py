@@ -24,6 +24,17 @@ def test_every_pair_begins_as_a_copy_and_the_middle_as_something_new(first, name
         assert same == [copies.get(number) == i for i in range(PAIR)]
 
 
+def test_new_layers_are_quiet_and_a_last_one_comes_from_elsewhere(first):
+    other = {name: tensor + 1 for name, tensor in first.items()}
+    loud, quiet = (anatomy.find(stacked.put(first, {0: 1}, 0, by, last=other)).layers for by in (1.0, 0.1))
+    for part in ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"):
+        name = f"model.language_model.layers.{{}}.{part}"
+        assert torch.equal(quiet[0].get_parameter(part), first[name.format(1)])
+        assert torch.equal(quiet[LAYERS - 1].get_parameter(part), other[name.format(0)])
+        damped = loud[3].get_parameter(part) * (1.0 if "up_proj" in part else 0.1)
+        assert torch.equal(quiet[3].get_parameter(part), damped)
+
+
 def test_projector_and_tower_come_along(first):
     state = stacked.stack(first, STACKS["late"], 0).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in first.items() if "layers" not in name)

@@ -1,10 +1,9 @@
 """What the two methods do on one model."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_patch.tools.evidence.findings import Effect, Finding, Found
-from llava_patch.tools.evidence.statistics import paired, share
+from llava_patch.tools.evidence.findings import Finding, Found
+from llava_patch.tools.evidence.statistics import gains, share
 
 TITLE = "Skip-Links and LF on one model"
 ABOUT = (
@@ -23,7 +22,7 @@ def findings(found: Found) -> list[Finding]:
     plain, fused = found["plain"], found["fused"]
     worst = min(share(one["tuned"]) for one in (*plain, *fused))
     gate = "" if worst >= GATE else f"a tuned model answers {worst:.2f} of two-step questions, under {GATE}"
-    needs = all(gap.low > MUCH for gap in _gain(fused, "rows", fused, "other"))
+    needs = all(gap.low > MUCH for gap in gains(fused, "rows", fused, "other"))
     control = f"LF trained on another picture's states must lose at least {MUCH}"
     count = plain[0]["rows"].partition(":")[0]
     values = {
@@ -37,25 +36,21 @@ def findings(found: Found) -> list[Finding]:
         Finding(
             f"LF keeps a fused model's accuracy, within {LITTLE}", "both papers together",
             f"share of {count} held-out two-step questions, fused + LF - fused, paired",
-            _gain(fused, "rows", fused, "tuned"), control, needs, gate=gate, least=-LITTLE, values=values,
+            gains(fused, "rows", fused, "tuned"), control, needs, gate=gate, least=-LITTLE, values=values,
             short="LF on a model with Skip-Links keeps its accuracy (within 0.03)",
         ),
         Finding(
             f"LF loses no more on a fused model than on a plain one, within {LITTLE}", "both papers together",
             f"share of {count} held-out two-step questions, fused + LF - plain + LF, paired",
-            _gain(fused, "rows", plain, "rows"), control, needs, gate=gate, least=-LITTLE, values=values,
+            gains(fused, "rows", plain, "rows"), control, needs, gate=gate, least=-LITTLE, values=values,
         ),
         Finding(
             "Taps raise the accuracy of a model that reads", "Detached Skip-Links, Table 1",
             f"share of {count} held-out two-step questions, fused - plain, both projectors tuned alike, paired",
-            _gain(fused, "tuned", plain, "tuned"), control, needs, gate=gate, values=values,
+            gains(fused, "tuned", plain, "tuned"), control, needs, gate=gate, values=values,
             note="the base answers nearly all of them without taps: there is little to gain",
         ),
     ]  # fmt: skip
-
-
-def _gain(a: Sequence[Mapping[str, Any]], key: str, b: Sequence[Mapping[str, Any]], other: str) -> tuple[Effect, ...]:
-    return tuple(paired(x[key], y[other]) for x, y in zip(a, b, strict=True))
 
 
 def figures(found: Found) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from llava_patch.hosts import anatomy
-from llava_patch.integrations.training.auxiliary import RegionCollator
 from llava_patch.patching.patch import patch
 from llava_patch.probe.auxiliary.regions import KEY
 from llava_patch.probe.decoder import quarter
@@ -132,6 +131,8 @@ def _collator(drawn: digits.Drawn, handle: Any, device: torch.device) -> Callabl
 
     if handle is None:
         return plain
+    from llava_patch.integrations.training.auxiliary import RegionCollator  # which brings transformers' Trainer
+
     samples = pages.strings(drawn)
     asked = "read"
     regions = RegionCollator(

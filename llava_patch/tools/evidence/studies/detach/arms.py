@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch import Drift, SkipLinks, measure_drift
+from llava_patch import AttentionMaps, Drift, SkipLinks, measure_attention_maps, measure_drift
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose
-from llava_patch.tools.evidence.small import digits, reader
-from llava_patch.tools.evidence.statistics import pack_bits
-from llava_patch.tools.evidence.studies.detach.starts import IMAGES, TAPS, Start, begin, short
+from llava_patch.tools.evidence.small import digits, pages, probing, reader
+from llava_patch.tools.evidence.statistics import pack_bits, short
+from llava_patch.tools.evidence.studies.detach.starts import IMAGES, TAPS, Start, begin
 from llava_patch.tools.evidence.study import Context
 
 ARMS = ("none", "fused", "detached", "short")
@@ -22,6 +22,8 @@ HELD = 160  # images, none of them trained on: of trained strings, and as many o
 SEEN = (0, 5, 10, 20, 40, 60, 90, 120)  # steps after which the loss of the former is taken
 RATE = 1e-3
 TOWER_RATES = {"sgd": 0.05, "adamw": 1e-3}
+PROBE = 600, 300  # images and steps of the R-Probe on what an arm has trained
+LOOKED_AT = 32  # images whose attention maps are compared
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def train(context: Context, training: Training, drift: bool = True) -> dict[str,
     }  # fmt: skip
     if drift:
         result["drift"] = _drift(context, training, model, held)
+        result["probe"] = _probe(context, model)
     handle.remove()
     return result
 
@@ -135,16 +138,32 @@ def _distance(tower: nn.Module, before: dict[str, Tensor]) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-def _drift(context: Context, training: Training, model: Any, held: digits.Drawn) -> dict[str, float]:
-    """Median cosine of hidden states with those at the start: before the decoder, and behind its second layer."""
+def _drift(context: Context, training: Training, model: Any, held: digits.Drawn) -> dict[str, Any]:
+    """How far the model has gone from its start.
+
+    Returns:
+        Median cosine of hidden states with those at the start, before the decoder ("input") and behind its second layer
+        ("image", "text"); of the first tapped block's attention maps, the total variation distance of each image's map
+        from the one at the start, 0..1 ("attention").
+    """
     base, handle = begin(context, training.start, training.fusion)
-    samples = [held.batch(torch.tensor([i]), device=context.device) for i in range(8)]
+    samples = [held.batch(torch.tensor([i]), device=context.device) for i in range(LOOKED_AT)]
     for sample in samples:
         sample.pop("labels")
-    found = measure_drift(model, base, samples, Drift(split=2, together=True), progress=False)
+    found = measure_drift(model, base, samples[:8], Drift(split=2, together=True), progress=False)
+    maps = (measure_attention_maps(one, samples, AttentionMaps(TAPS[0]), progress=False) for one in (base, model))
+    there, now = (torch.tensor(found.checkpoints[0].maps) for found in maps)
     handle.remove()
     return {
         "input": short(found.image.input),
         "image": short(found.image.median[-1]),
         "text": short(found.text.median[-1]),
+        "attention": _packed((now - there).abs().sum((1, 2)) / 2),
     }
+
+
+def _probe(context: Context, model: Any) -> dict[str, Any]:
+    """R-Probe on the tower and projector as they are; without text, which would tell what the features lost."""
+    count, steps = (max(10, round(context.size.scale * number)) for number in PROBE)
+    samples = pages.strings(digits.draw(count, context.seed + 700, held_out=False))
+    return probing.probe(model, samples, steps, context.seed, text=False)

@@ -11,6 +11,7 @@ import llava_patch
 from llava_patch import Handle, SkipLinks
 from llava_patch.tools.evidence.small import digits, reader
 from llava_patch.tools.evidence.small.training import Recipe, fit
+from llava_patch.tools.evidence.statistics import short
 from llava_patch.tools.evidence.study import Context
 
 READER = "rprobe/reader"
@@ -126,8 +127,3 @@ def _renew(projector: nn.Module, seed: int) -> None:
 def tower_of(model: nn.Module) -> list[nn.Parameter]:
     """What a step moves in the tower."""
     return [p for p in reader.parts(model)["tower"].parameters() if p.is_floating_point()]
-
-
-def short(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.6g}")

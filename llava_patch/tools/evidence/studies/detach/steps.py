@@ -15,7 +15,8 @@ from llava_patch.measurements.gradients.decompose import block_parameters, decom
 from llava_patch.measurements.gradients.moments import Moments, Step
 from llava_patch.measurements.gradients.statistics import Window
 from llava_patch.tools.evidence.small import digits
-from llava_patch.tools.evidence.studies.detach.starts import IMAGES, TAPS, Start, begin, short
+from llava_patch.tools.evidence.statistics import short
+from llava_patch.tools.evidence.studies.detach.starts import IMAGES, TAPS, Start, begin
 from llava_patch.tools.evidence.study import Context
 
 WHOLE, FIRST = 0, TAPS[0]  # the tower, and its first tapped block, which the paper looks at

@@ -14,6 +14,7 @@ from llava_patch.measurements.gradients.decompose import decompose
 from llava_patch.measurements.gradients.moments import Moments
 from llava_patch.measurements.gradients.statistics import Window
 from llava_patch.tools.evidence.small.model import Text, Vision, build
+from llava_patch.tools.evidence.statistics import short
 from llava_patch.tools.evidence.study import Context, Run
 
 SIZE, STEPS, WINDOWS = 400, 64, 12
@@ -100,9 +101,9 @@ def _case(planted: Planted, generator: torch.Generator) -> dict[str, Any]:
     found |= {f"snr_{path}": [w.snr(path) for w in windows] for path in ("main", "skip", "full")}
     mixed = [w.delta for w in _windows(planted, generator, mixed=True)]
     return {
-        "planted": {**vars(planted), "known": {k: _short(v) for k, v in planted.known().items()}},
-        "found": {name: [_short(v) for v in values] for name, values in found.items()},
-        "delta_of_mixed_pairs": [_short(v) for v in mixed],
+        "planted": {**vars(planted), "known": {k: short(v) for k, v in planted.known().items()}},
+        "found": {name: [short(v) for v in values] for name, values in found.items()},
+        "delta_of_mixed_pairs": [short(v) for v in mixed],
         "gain": _steps(planted, windows, generator),
     }
 
@@ -131,10 +132,10 @@ def _steps(planted: Planted, windows: list[Moments], generator: torch.Generator)
 
     gains = change(main + skip) - change(main)
     return {
-        "measured": _short(float(gains.mean())),
-        "error": _short(float(gains.std() / math.sqrt(len(gains)))),
-        "by_condition": [_short(w.detach_gain(STEP)) for w in windows],
-        "by_own_curvatures": [_short(w.detach_gain_own(STEP)) for w in windows],
+        "measured": short(float(gains.mean())),
+        "error": short(float(gains.std() / math.sqrt(len(gains)))),
+        "by_condition": [short(w.detach_gain(STEP)) for w in windows],
+        "by_own_curvatures": [short(w.detach_gain_own(STEP)) for w in windows],
     }
 
 
@@ -168,14 +169,10 @@ def paths(context: Context, scales: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)) ->
                 first.weight.copy_(weight)
                 first.weight[:, own:] *= scale
             main, full = decompose(model, loss, 2)
-            lengths = {"main": _short(float(main.norm())), "skip": _short(float((full - main).norm()))}
+            lengths = {"main": short(float(main.norm())), "skip": short(float((full - main).norm()))}
             rows.append({"scale": scale, **lengths})
         hook.remove()
     return {"seed": context.seed, "rows": rows}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 RUNS = (

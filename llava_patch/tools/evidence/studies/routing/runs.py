@@ -17,9 +17,11 @@ EARLY_SPLIT = 2
 PRUNING = FastV(layer=2, ratio=0.5)
 RATES = (5e-4, 2e-3, 8e-3)
 SAMPLES = SIDE.steps * arms.BATCH
-RECIPES = {"batch 4": 4, "batch 128": 128}
-"""The paper's batch, and that of LLaVA's scripts, at equal samples."""
-BASE_STEPS = {"early": 600, "late": 600, "sixth": 600, "turned": 200, "ladder": 800}
+RECIPES = {"batch 4": (4, RATES[:2]), "batch 128": (128, RATES)}
+"""The paper's batch, and that of LLaVA's scripts, at equal samples; the larger one is tried at a larger rate too."""
+FEW = "batch 128", RATES[0]
+"""The fewest and smallest steps, whose companion of another picture is trained as well."""
+BASE_STEPS = {"early": 600, "late": 600, "sixth": 600, "turned": 200, "ladder": 1600}
 
 
 def one(ctx: Context) -> dict[str, Any]:
@@ -37,7 +39,12 @@ def base(ctx: Context, name: str) -> dict[str, Any]:
         model = stacked.loaded(ctx.load("routing/late"), ctx.device)
         losses = stacked.train(model, shape, ctx.seed + 5, steps, rate=2e-3)
     else:
-        model = stacked.stack(ctx.load("routing/one"), shape, ctx.seed).to(ctx.device)
+        first = ctx.load("routing/one")
+        if name == "ladder":  # grows from the base that takes two steps early
+            model = stacked.put(ctx.load("routing/early"), {i: i for i in range(LAYERS)}, ctx.seed, last=first)
+        else:
+            model = stacked.stack(first, shape, ctx.seed)
+        model.to(ctx.device)
         losses = stacked.train(model, shape, ctx.seed, steps)
     ctx.keep(weights(model))
     last = losses[-50:]
@@ -82,7 +89,7 @@ def beside(ctx: Context) -> dict[str, Any]:
     """What is compared with LF on the turned base: LF with FastV, LoRA and full fine-tuning of the stock model."""
     there, recipe = _base(ctx, "turned"), arms.scaled(SIDE, ctx.size.scale)
     found = {
-        "lf_fastv": there.side(Routing(split=SPLIT), PRUNING, recipe=recipe), "lora": there.tuned(16, recipe),
+        "lf_fastv": there.companions(Routing(split=SPLIT), recipe, PRUNING), "lora": there.tuned(16, recipe),
         "full": there.tuned(None, recipe),
     }  # fmt: skip
     return {"seed": ctx.seed, "arms": found}
@@ -102,15 +109,19 @@ def rates(ctx: Context) -> dict[str, Any]:
 def recipes(ctx: Context) -> dict[str, Any]:
     """LF on the turned base with the paper's batch of 4, and with 32 times larger batches and fewer steps."""
     there, found = _base(ctx, "turned"), {}
-    for name, batch in RECIPES.items():
-        for rate in RATES[:2]:
+    for name, (batch, tried) in RECIPES.items():
+        for rate in tried:
             recipe = arms.scaled(SIDE, ctx.size.scale * arms.BATCH / batch, rate=rate)
             found[f"{name} {rate:g}"] = there.side(Routing(split=SPLIT), recipe=recipe, batch=batch)
+            if (name, rate) == FEW:
+                found[f"another picture, {name} {rate:g}"] = there.side(
+                    Routing(split=SPLIT), image="other", recipe=recipe, batch=batch
+                )
     return {"seed": ctx.seed, "arms": found}
 
 
-def _variants(split: int) -> dict[str, Routing]:
-    return {variant: Routing(variant=variant, split=split) for variant in ("lf", "pc", "kv")}
+def _variants(split: int, names: tuple[str, ...] = ("lf", "pc")) -> dict[str, Routing]:
+    return {variant: Routing(variant=variant, split=split) for variant in names}
 
 
 def _fusions() -> dict[str, Routing]:
@@ -121,26 +132,27 @@ def _fusions() -> dict[str, Routing]:
 
 
 RUNS = (
-    Run("one", one, quick=True, seconds=70),
+    Run("one", one, quick=True, seconds=50),
     Run("late", partial(base, name="late"), ("routing/one",), quick=True, seconds=55),
-    Run("turned", partial(base, name="turned"), ("routing/late",), quick=True, seconds=35),
+    Run("turned", partial(base, name="turned"), ("routing/late",), quick=True, seconds=30),
     Run(
-        "turned/arms", partial(trained, name="turned", settings=_variants(SPLIT)), ("routing/turned",), quick=True,
-        seconds=70,
+        "turned/arms", partial(trained, name="turned", settings=_variants(SPLIT, ("lf", "pc", "kv"))),
+        ("routing/turned",), quick=True,
+        seconds=55,
     ),
     Run("early", partial(base, name="early"), ("routing/one",), seconds=55),
     Run("sixth", partial(base, name="sixth"), ("routing/one",), seconds=55),
-    Run("ladder", partial(base, name="ladder"), ("routing/one",), seconds=70),
-    Run("late/arms", partial(trained, name="late", settings=_variants(SPLIT)), ("routing/late",), seconds=70),
-    Run("early/arms", partial(trained, name="early", settings=_variants(EARLY_SPLIT)), ("routing/early",), seconds=70),
-    Run("sixth/arms", partial(trained, name="sixth", settings=_fusions()), ("routing/sixth",), seconds=70),
+    Run("ladder", partial(base, name="ladder"), ("routing/one", "routing/early"), seconds=110),
+    Run("late/arms", partial(trained, name="late", settings=_variants(SPLIT)), ("routing/late",), seconds=45),
+    Run("early/arms", partial(trained, name="early", settings=_variants(EARLY_SPLIT)), ("routing/early",), seconds=45),
+    Run("sixth/arms", partial(trained, name="sixth", settings=_fusions()), ("routing/sixth",), seconds=45),
     Run("ladder/arms", partial(trained, name="ladder", settings={"lf": Routing(split=SPLIT)}), ("routing/ladder",)),
     Run(
         "turned/splits",
         partial(trained, name="turned", settings={str(split): Routing(split=split) for split in (2, 5)}),
         ("routing/turned",), seconds=50,
     ),
-    Run("turned/beside", beside, ("routing/turned",), seconds=35),
+    Run("turned/beside", beside, ("routing/turned",), seconds=30),
     Run("turned/rates", rates, ("routing/turned",), seconds=50),
-    Run("turned/recipes", recipes, ("routing/turned",), seconds=60),
+    Run("turned/recipes", recipes, ("routing/turned",), seconds=40),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from llava_patch.tools.evidence.statistics import pack_bits
 from llava_patch.tools.evidence.study import Context, Run
 
 READER = "rprobe/reader"
-PAGES = {"small_ink": (1000, 300), "fixed": (800, 200)}  # pages and steps of each ablation
+PAGES = {"small_ink": (1000, 300), "fixed": (800, 800)}  # pages and steps of each ablation
 DAMAGE = 1000, 300
 STAGE_ONE = Recipe(100, 2e-3)
 STRIDE = 2  # of SkipLinks: blocks 2, 4 and 6 of 8, beside block 7
@@ -119,7 +119,7 @@ _NEEDS = (READER,)
 RUNS = (
     Run("reader", teach, quick=True, seconds=130),
     Run("ablation/small_ink", partial(ablate, kind="small_ink"), _NEEDS, quick=True, seconds=35),
-    Run("ablation/fixed", partial(ablate, kind="fixed"), _NEEDS, seconds=20),
+    Run("ablation/fixed", partial(ablate, kind="fixed"), _NEEDS, seconds=75),
     Run("damage", damage, _NEEDS, seconds=35),
     *(Run(f"taps/{arm}", partial(add_taps, arm=arm), _NEEDS, seconds=18) for arm in ("none", "taps", "other_image")),
 )

@@ -1,7 +1,7 @@
 """Decoders whose deep layers learned without the image: every saturation signal on them, and VTW's sweep, the truth."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from llava_patch.tools.evidence import statistics
 from llava_patch.tools.evidence.small import chain, model, stacked, training
 from llava_patch.tools.evidence.small.stacked import LAYERS
 from llava_patch.tools.evidence.small.training import Questions, Recipe
+from llava_patch.tools.evidence.statistics import short
 from llava_patch.tools.evidence.study import Context, Run
 
 FIRST = "routing/one"
@@ -36,7 +37,9 @@ def cut(context: Context, layer: int, steps: int = TRAINED, rows: int = ROWS) ->
 
     Where no layer is left to be blind, those in the middle are, so that the last one must read.
     """
-    made = placed(context.load(FIRST), layer - 1, context.seed).to(context.device)
+    # The pair that takes one step at 0 and 1, and again from the layer below the cut on; quiet new layers in between.
+    sources = {0: 0, 1: 1, layer - 1: 0, layer: 1}
+    made = stacked.put(context.load(FIRST), sources, context.seed, QUIET).to(context.device)
     blind = list(range(layer, LAYERS) if layer < LAYERS else range(stacked.PAIR, READER))
     tasks = [chain.Chain(context.seed + 200 + words, words=words, steps=STEPS) for words in (4, LONG)]
     picks = torch.Generator().manual_seed(context.seed)
@@ -49,29 +52,6 @@ def cut(context: Context, layer: int, steps: int = TRAINED, rows: int = ROWS) ->
         losses = training.train_decoder(made, draw, Recipe(int(steps * context.size.scale), 3e-3))
     context.keep(model.weights(made))
     return {"seed": context.seed, "cut": layer, "loss": short(losses[-1]), **looked_at(context, made, rows)}
-
-
-def placed(trained: Mapping[str, Tensor], reader: int, seed: int) -> Any:
-    """A decoder of `LAYERS` layers that begins with the pair that takes one step at 0 and 1 and again from `reader` on.
-
-    What the new layers in between write is made small, so that they pass on what the first look found.
-    """
-    made = stacked.new(seed + 7)
-    state = made.state_dict()
-    sources = {0: 0, 1: 1, reader: 0, reader + 1: 1}
-    for name, tensor in state.items():
-        before, found, rest = name.partition(".layers.")
-        if not found or stacked.LANGUAGE not in before:
-            tensor.copy_(trained[name])
-            continue
-        number, _, rest = rest.partition(".")
-        source = sources.get(int(number))
-        if source is not None:
-            tensor.copy_(trained[f"{before}.layers.{source}.{rest}"])
-        elif rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-            tensor.mul_(QUIET)
-    made.load_state_dict(state)
-    return made
 
 
 @contextlib.contextmanager
@@ -177,11 +157,6 @@ def fusion(context: Context, name: str, split: int = 4, rows: int = 128) -> dict
     out["weight"] = [short(value) for value in looked.amax(1).gather(1, patches[:, None])[:, 0].tolist()]
     out["mass"], out["stock mass"] = ([short(v) for v in heads[0]] for heads in (mass.trained, mass.stock))
     return out
-
-
-def short(value: float) -> float:
-    """Six digits, as JSON has them."""
-    return float(f"{value:.6g}")
 
 
 RUNS = (

@@ -102,9 +102,12 @@ def test_seeds_are_put_together_by_their_number():
 def arm_result(seed, shift, first=2.0):
     generator = torch.Generator().manual_seed(seed)
     losses = (1 + shift + 0.1 * torch.rand(160, generator=generator)).tolist()
+    probe = {"mse": 0.1, "steps_to_half_fvu": 10, "tokens": "4 4 4"}
     return {
         "seed": seed, "curve": [[0, first], [40, 1.0 + shift]], "early": losses, "end": losses,
-        "rows": statistics.pack_bits(torch.arange(160) < 80), "drift": {"image": 0.9},
+        "rows": statistics.pack_bits(torch.arange(160) < 80),
+        "drift": {"image": 0.9, "attention": [0.1 + shift + 0.01 * i for i in range(8)]},
+        "probe": {**probe, "errors": " ".join(str(error + shift) for error in (0.1, 0.11, 0.12))},
     }  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def test_arms_are_compared_image_by_image(tmp_path: Path):
     shifts = {"none": 0.3, "fused": 0.2, "detached": 0.1, "short": 0.0}
     results = {f"detach/arm/fresh/sgd/{arm}": [arm_result(s, by) for s in range(3)] for arm, by in shifts.items()}
     results |= {"detach/bubble/2-1": [arm_result(0, 0.0)], "detach/bubble/3-0": [arm_result(0, 0.0)]}
-    assert verdicts(Found("detach", results)) == ["holds", "holds", "does not hold", "holds"]
+    assert verdicts(Found("detach", results)) == ["holds", "holds", "does not hold", "holds", "holds", "holds"]
     found = Found("detach", {**results, **together(*map(made_up, range(3))).results})
     drawn = findings.figures(found)
     assert set(drawn) == {"steps", "arms", "bubbles"}
