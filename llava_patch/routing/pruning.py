@@ -17,6 +17,9 @@ from llava_patch.settings.checks import flag, fraction, integer
 if TYPE_CHECKING:
     from torch import Tensor
 
+COUNTS: dict[str, Callable[[Fraction], int]] = {"ceil": math.ceil, "round": round, "int": int}
+"""Ways to make a whole number of a share of tokens: up, to the nearest (half to even, as Python's `round`), down."""
+
 
 @dataclass(frozen=True)
 class Pruning:
@@ -61,9 +64,13 @@ class Pruning:
 
     def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
         """How many of the n image positions of each sample stay: ceil((1 - r) * n), but never fewer than are read."""
-        # The nearest simple fraction, so that 0.7 of 10 leaves 3 and not 4, and 1/3 of 9 leaves 6.
-        share = 1 - Fraction(self.ratio).limit_denominator(10**6)
-        return tuple(max(math.ceil(share * n), p) for n, p in zip(images, protected, strict=True))
+        return tuple(max(tokens_left(1 - self.ratio, n), p) for n, p in zip(images, protected, strict=True))
+
+
+def tokens_left(share: float, n: int, count: str = "ceil") -> int:
+    """A share of n tokens as a whole number of them: `count` is one of `COUNTS`."""
+    # The nearest simple fraction, so that 0.3 of 10 leaves 3 and not 4, and 2/3 of 9 leaves 6.
+    return COUNTS[count](Fraction(share).limit_denominator(10**6) * n)
 
 
 def choose_kept(scores: Tensor, image_mask: Tensor, keep: tuple[int, ...], protected: Tensor | None = None) -> Tensor:

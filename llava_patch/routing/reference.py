@@ -52,7 +52,7 @@ def final_states(
         if variant in ("pc", "kv") and number > split:  # whatever the layer before made of them
             x[alive & image] = side[alive & image]
         if pruning is not None and number == pruning.layer and pruning.ratio > 0 and image.any():
-            kept = fastv(decoder, layers[number - 1], before, image, alive, pruning.ratio)
+            kept = fastv(decoder, layers[number - 1], before, image, alive, pruning)
             alive = kept if choice is None else choice
         if number == split:
             side = x.clone()
@@ -81,7 +81,7 @@ def _late_fusion_layers(routing: Routing | None, n_layers: int) -> tuple[int, ..
     return k if isinstance(k, tuple) else tuple(range(n_layers - k, n_layers))
 
 
-def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor, ratio: float) -> Tensor:
+def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor, pruning: FastV) -> Tensor:
     """What FastV keeps: the ceil((1 - r) * n) image tokens that the last token looks at most; lower places win ties.
 
     The last token's attention is read at `layer` k-1, mean over heads, from its input `before` [tokens, hidden];
@@ -90,7 +90,8 @@ def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor
     place, last = torch.arange(len(before)), len(before) - 1
     rows = place[alive]
     attention = probabilities(decoder, layer, before[-1:], place[-1:], before[rows], rows).mean(0)[0]
-    wanted = math.ceil((1 - Fraction(ratio).limit_denominator(10**6)) * int(image.sum()))
+    share = (1 - Fraction(pruning.ratio).limit_denominator(10**6)) * int(image.sum())
+    wanted = {"ceil": math.ceil, "round": round, "int": math.floor}[pruning.count](share)
     scores = [(-(math.inf if i == last else float(attention[i])), i) for i in place[image].tolist()]
     kept = ~image
     kept[[i for _, i in sorted(scores)[: max(wanted, int(image[-1]))]]] = True
