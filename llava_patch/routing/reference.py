@@ -91,7 +91,7 @@ def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor
     rows = place[alive]
     attention = probabilities(decoder, layer, before[-1:], place[-1:], before[rows], rows).mean(0)[0]
     share = (1 - Fraction(pruning.ratio).limit_denominator(10**6)) * int(image.sum())
-    wanted = {"ceil": math.ceil, "round": round, "int": math.floor}[pruning.count](share)
+    wanted = math.ceil(share) if pruning.count == "ceil" else round(share) if pruning.count == "round" else int(share)
     scores = [(-(math.inf if i == last else float(attention[i])), i) for i in place[image].tolist()]
     kept = ~image
     kept[[i for _, i in sorted(scores)[: max(wanted, int(image[-1]))]]] = True
