@@ -15,7 +15,7 @@ for stack in "$@"; do
   python=3.10
   [ "$stack" != newest ] || python=3.11  # which its transformers asks for
   # The suite's environments also hold what our own extras ask for.
-  case $stack in main | newest) inputs+=(pyproject.toml --extra all --extra eval --extra dev) ;; esac
+  case $stack in main | newest) inputs+=(pyproject.toml --extra all --extra eval --extra demo --extra docs --extra dev) ;; esac
   # --universal: one file with markers for every Python from the oldest that the stack runs on and every platform, not for this machine's alone.
   UV_PYTHON_DOWNLOADS=never "$tools/bin/uv" --quiet --system-certs --no-config pip compile "${inputs[@]}" \
     --override "scripts/locks/$stack.overrides" --python-version "$python" --universal --prerelease disallow \
