@@ -449,7 +449,7 @@ def test_an_unfinished_saturation_measurement_is_refused():
     from llava_patch.measurements.saturation.measure import STATE_FILE, State
 
     path = Path("saturation_unfinished") / STATE_FILE
-    with pytest.raises(CheckpointError, match="format 1, this version reads 2: delete the file to start over"):
+    with pytest.raises(CheckpointError, match="format 1, this version reads 3: delete the file to start over"):
         State(path, header(str(path))["key"]).load()
 
 

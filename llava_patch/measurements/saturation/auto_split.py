@@ -21,7 +21,7 @@ from llava_patch.patching.keys import digest_of, model_digest
 from llava_patch.settings.methods import AUTO, Routing
 
 logger = logging.getLogger("llava_patch")
-FORMAT = 3  # of a kept measurement; 2: the model's digest saw matrices only
+FORMAT = 4  # of a kept measurement; 2: the model's digest saw matrices only; 3: without VTW's curve
 _ASKED = f'Routing.split = "{AUTO}"'
 _NOT_MEASURED = ("attention_mask",)  # samples have no padding, so that it does not change what is measured
 
@@ -78,8 +78,14 @@ def resolve_split(
         )
     if anatomy.vision_model is None:
         raise HostError(f"{_ASKED} runs the model, but its vision tower is not loaded yet: call its load_model() first")
+    if routing.variant == "vtw" and settings.knockout is False:
+        raise SettingError(
+            f"{_ASKED} with variant vtw is VTW's own search, which takes the image away at every layer, but "
+            "Saturation.knockout = False: leave that out, or bind Routing.split to a layer number"
+        )
     result, place = _measure(anatomy, samples, settings, progress)
-    found = result.recommend_for(_sees_it_again(routing, result.n_layers))
+    vtw = routing.variant == "vtw"
+    found = result.vtw if vtw else result.recommend_for(_sees_it_again(routing, result.n_layers))
     split = found.split
     if split is None:
         raise SettingError(

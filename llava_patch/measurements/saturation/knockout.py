@@ -33,6 +33,7 @@ class Knockout:
     withdrawn_kept: list[float]  # share whose most probable token stays
     fused_kl: list[float]
     fused_kept: list[float]
+    vtw_kl: list[float]  # KL(withdrawn || stock) of the token behind the prompt in nats, as VTW's own search has it
 
 
 @torch.no_grad()
@@ -61,7 +62,8 @@ def knock_out(anatomy: Anatomy, seen: Trace, chunk: int) -> Knockout:
             rows = _run(layer, rows, alone)
     reads = torch.searchsorted(text, seen.reads().to(text.device))
     return Knockout(*_against(anatomy, seen, rows[:, reads.to(rows.device)], chunk),
-                    *_against(anatomy, seen, fused[:, reads.to(fused.device)], chunk))  # fmt: skip
+                    *_against(anatomy, seen, fused[:, reads.to(fused.device)], chunk),
+                    _behind_prompt(anatomy, seen, rows[:, int(reads[0])]))  # fmt: skip
 
 
 def _stream(anatomy: Anatomy, seen: Trace, places: Tensor) -> Stream:
@@ -97,20 +99,30 @@ def _run(layer: torch.nn.Module, rows: Tensor, stream: Stream) -> Tensor:
 
 def _against(anatomy: Anatomy, seen: Trace, rows: Tensor, chunk: int) -> tuple[list[float], list[float]]:
     """(KL, share kept) of each split's final states at the read positions, [splits, reads, hidden], against stock's."""
-
-    def predicted(states: Tensor) -> Tensor:
-        return anatomy.lm_head(anatomy.norm(states[None]))[0].float().log_softmax(-1)  # type: ignore[no-any-return]
-
     stock = seen.states[len(anatomy.layers) - 1]
     stock = stock[seen.reads().to(stock.device)]
     kl = torch.zeros(len(rows), dtype=torch.float64)
     kept = torch.zeros(len(rows), dtype=torch.float64)
     for part in torch.arange(len(stock)).split(chunk):
-        expected = predicted(stock[part.to(stock.device)])
+        expected = _predicted(anatomy, stock[part.to(stock.device)])
         probability, choice = expected.exp(), expected.argmax(-1)
         for number, states in enumerate(rows):
-            found = predicted(states[part.to(states.device)])
+            found = _predicted(anatomy, states[part.to(states.device)])
             kl[number] += float((probability * (expected - found)).sum())
             kept[number] += float((found.argmax(-1) == choice).sum())
     # Two passes that say the same differ in their last bits, which would make the divergence a little negative.
     return (kl / len(stock)).clamp_(min=0).tolist(), (kept / len(stock)).tolist()
+
+
+def _behind_prompt(anatomy: Anatomy, seen: Trace, rows: Tensor) -> list[float]:
+    """KL(split || stock) at the first position that is read, of each split's final state there, [splits, hidden]."""
+    stock = seen.states[len(anatomy.layers) - 1]
+    expected = _predicted(anatomy, stock[seen.reads()[:1].to(stock.device)])
+    found = _predicted(anatomy, rows)
+    kl = (found.exp() * (found - expected.to(found.device))).sum(-1)
+    return kl.double().clamp_(min=0).tolist()  # type: ignore[no-any-return]
+
+
+def _predicted(anatomy: Anatomy, states: Tensor) -> Tensor:
+    """What final states [n, hidden] say of the next token: log-probabilities, float32 [n, vocabulary]."""
+    return anatomy.lm_head(anatomy.norm(states[None]))[0].float().log_softmax(-1)  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ from llava_patch.patching.keys import model_digest
 
 NO_IMAGE, NO_TEXT = "no image", "no text after the image"
 STATE_FILE = "saturation.state.safetensors"
-FORMAT = 2  # 1: the model's key saw matrices only
+FORMAT = 3  # 1: the model's key saw matrices only; 2: without VTW's curve
 _MEANING = {
     "model": "the model is another one (weights, configuration or patch)",
     "data": "the samples are others (images, questions or their order)",

@@ -180,6 +180,34 @@ def recommend_by_answers(
     return Recommendation(f"{reason}; {'the signals disagree: ' * disagrees}{_aside(others)}", (first, end))
 
 
+def recommend_vtw(kl: Sequence[float], settings: "Saturation") -> Recommendation:
+    """Recommend a split as VTW's own search does: the first layer whose KL is at most a threshold.
+
+    Source: "Boosting Multimodal LLMs with Visual Tokens Withdrawal", section 3.3, and the search (`findk`) of its
+    repository, which begins at layer 5, and takes the first touch, where `recommend_by_answers` asks the loss to stay.
+
+    Args:
+        kl: KL(withdrawn || stock) of the token behind the prompt, in nats per split, mean over samples.
+        settings: `vtw_threshold` and `vtw_first`.
+    """
+    last, first, threshold = len(kl) - 1, settings.vtw_first, settings.vtw_threshold
+    if math.isnan(kl[0]):
+        return Recommendation("what VTW's search goes by was not measured (Saturation.knockout)")
+    if first > last:
+        return Recommendation(
+            f"VTW's search begins at layer {first} (Saturation.vtw_first), behind the last one, {last}"
+        )
+    found = next((split for split in range(first, last + 1) if kl[split] <= threshold), None)
+    if found is None:
+        least = min(kl[first:])
+        return Recommendation(
+            f"in layers {first}..{last} no withdrawal changes the token behind the prompt by at most {threshold:g} "
+            f"nats (Saturation.vtw_threshold): the least is {least:.3g}"
+        )
+    reason = f"the first from layer {first} on at which withdrawal changes the token behind the prompt by at most"
+    return Recommendation(f"{reason} {threshold:g} nats ({kl[found]:.3g}), as VTW's own search has it", (found, last))
+
+
 def _aside(others: Recommendation) -> str:
     """What the other signals say, in a clause."""
     if others.split is not None:

@@ -23,6 +23,9 @@ class Saturation:
             `measurements.saturation.knockout`: a batch of text positions through the decoder beside each sample's pass.
             None: yes, but for the lmms-eval task, which takes as long as it always has.
         knockout_share: answers count as kept where their KL is at most this share of what it is without any image.
+        vtw_threshold: VTW's search takes the first layer whose KL is at most this, in nats. Its repository has 0.003
+            for LLaVA-1.5 7B and models that it does not know, 0.0005 for 13B and 0.0001 for LLaVA-1.6 7B.
+        vtw_first: the layer at which VTW's search begins, as in its repository.
         max_samples: stop after so many usable samples; None: take all (the command takes 32).
         chunk: attention queries, and positions of the logit lens, held at a time (memory against speed).
         save_every: samples between two writes of the state from which an interrupted run goes on.
@@ -33,6 +36,8 @@ class Saturation:
     fall_share: float = 0.5
     knockout: bool | None = None
     knockout_share: float = 0.05
+    vtw_threshold: float = 0.003
+    vtw_first: int = 5
     max_samples: int | None = None
     chunk: int = 128
     save_every: int = 8
@@ -42,13 +47,15 @@ class Saturation:
             raise refused("Saturation", "knockout", self.knockout, "True, False or None")
         for name in ("transition_share", "mass_tolerance", "fall_share", "knockout_share"):
             number("Saturation", name, getattr(self, name), above=0, below=1)
+        number("Saturation", "vtw_threshold", self.vtw_threshold, above=0)
+        integer("Saturation", "vtw_first", self.vtw_first, 0)
         for name in ("max_samples", "chunk", "save_every"):
             if name != "max_samples" or self.max_samples is not None:
                 integer("Saturation", name, getattr(self, name), 1)
 
 
 DEFAULTS = Saturation()
-KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept")
+KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept", "vtw_kl")
 """The curves that `Saturation.knockout` asks for."""
 LATER = ("peak", "answer_kl", *KNOCKOUT)
 """The curves that results of earlier versions lack."""
@@ -77,6 +84,7 @@ class Curves:
     withdrawn_kept: list[float] = field(default_factory=list)
     fused_kl: list[float] = field(default_factory=list)
     fused_kept: list[float] = field(default_factory=list)
+    vtw_kl: list[float] = field(default_factory=list)  # what VTW's own search goes by
 
     def __post_init__(self) -> None:
         for name in LATER:
@@ -146,6 +154,13 @@ class SaturationResult(Result):
             return self.passive
         c = self.curves
         return recommend.recommend_by_answers(c.withdrawn_kl, c.fused_kl, self.settings, late_fusion, self.passive)
+
+    @property
+    def vtw(self) -> recommend.Recommendation:
+        """The split that VTW's own search finds."""
+        if self.patch is not None:
+            return self.passive
+        return recommend.recommend_vtw(self.curves.vtw_kl, self.settings)
 
     @cached_property
     def passive(self) -> recommend.Recommendation:
@@ -238,6 +253,7 @@ class SaturationResult(Result):
             "window": None if window is None else list(window),
             "reason": self.recommendation.reason,
             "split_without_late_fusion": self.recommend_for(late_fusion=False).split,
+            "split_by_vtw": self.vtw.split,
             "split_by_mass_and_lens": self.passive.split,
             "image_transition_layer": self.image_transition,
             "image_transition_percent": self.depth_percent(self.image_transition),

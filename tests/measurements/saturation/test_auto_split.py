@@ -25,6 +25,7 @@ from llava_patch.settings.methods import from_dict, to_dict
 from tests.support.saturating import saturate
 
 AUTO = Routing(split="auto")
+VTW = Routing("vtw", split="auto")
 
 
 @dataclass
@@ -112,7 +113,7 @@ def test_labels_count_where_answers_are_measured(subject: Subject, cache: Path) 
 
 
 def test_each_variant_gets_the_split_that_its_last_layer_allows(host: Any) -> None:
-    """Answers that one look of the last layer makes: LF may split at once, VTW nowhere."""
+    """Answers that one look of the last layer makes: LF may split at once, ideal nowhere, nor VTW by its own search."""
     make_model, make_sample = host
     model = make_model(layers=6)
     anatomy = find(model)
@@ -124,9 +125,30 @@ def test_each_variant_gets_the_split_that_its_last_layer_allows(host: Any) -> No
     samples = [make_sample(before=8)]
     for routing in (AUTO, Routing(split="auto", fusion_layers=2), Routing(split="auto", fusion_layers=(3, 5))):
         assert resolve_split(model, routing, samples, progress=False).split == 0
-    for routing in (Routing("vtw", split="auto"), Routing(split="auto", fusion_layers=(3, 4)), Routing("kv", "auto")):
+    for routing in (Routing("ideal", split="auto"), Routing(split="auto", fusion_layers=(3, 4)), Routing("kv", "auto")):
         with pytest.raises(SettingError, match="the answers need the image to the end: up to split 5"):
             resolve_split(model, routing, samples, progress=False)
+    with pytest.raises(SettingError, match=r"in layers 5..5 no withdrawal changes .* at most 0.003 nats \("):
+        resolve_split(model, VTW, samples, progress=False)
+
+
+@pytest.mark.parametrize("cut", [6, 7])
+def test_vtw_finds_the_planted_layer_by_its_own_search(host: Any, cut: int, caplog: Any) -> None:
+    """Layers from the cut on take nothing from other positions, so that withdrawal there changes nothing."""
+    make_model, make_sample = host
+    model = make_model(layers=8)
+    with torch.no_grad():
+        for number, layer in enumerate(find(model).layers):
+            layer.self_attn.o_proj.weight.mul_(0 if number >= cut else 20 if number == cut - 1 else 1)
+    samples = [make_sample(before=8), make_sample(seed=1, before=8)]
+    assert resolve_split(model, VTW, samples, progress=False) == Routing("vtw", split=cut)
+    assert f"window {cut}..7 of L = 8 layers: the first from layer 5 on" in caplog.records[-1].getMessage()
+    assert resolve_split(model, VTW, samples, Saturation(vtw_threshold=99.0), progress=False).split == 5
+    assert resolve_split(model, VTW, samples, Saturation(vtw_threshold=99.0, vtw_first=2), progress=False).split == 2
+    with pytest.raises(SettingError, match=r"begins at layer 8 \(Saturation.vtw_first\), behind the last one, 7"):
+        resolve_split(model, VTW, samples, Saturation(vtw_first=8), progress=False)
+    with pytest.raises(SettingError, match=r"Saturation\.knockout = False"):
+        resolve_split(model, VTW, samples, Saturation(knockout=False), progress=False)
 
 
 def test_one_model_in_two_precisions_is_one_model(subject: Subject) -> None:
@@ -214,7 +236,7 @@ def test_only_the_samples_that_are_measured_count(subject: Subject, caplog: Any)
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"format": 3', '"format": 2'),
+        lambda text: text.replace('"format": 4', '"format": 3'),
         lambda text: json.dumps({**json.loads(text), "saturation": {}}),
         lambda text: text.replace('"image_kl": [', '"image_kl": [ 0.5,'),
     ],

@@ -60,6 +60,7 @@ def test_withdrawn_is_what_vtw_says_at_every_split(host: Any, before: int) -> No
             routed = answer(model, sample)
         assert curves.withdrawn_kl[split] == pytest.approx(lost(stock, routed), rel=1e-3, abs=1e-6)
         assert curves.withdrawn_kept[split] == float(stock.argmax() == routed.argmax())
+        assert curves.vtw_kl[split] == pytest.approx(lost(routed, stock), rel=1e-3, abs=1e-6)
     assert curves.withdrawn_kl[0] > 1e-3, "the image must count in this test"
 
 
@@ -97,7 +98,12 @@ def test_labels_say_what_is_read(host: Any) -> None:
     curves = measure_sample(find(model), {**sample, "labels": labels})
     stock = answer(model, sample, back=3)
     with patch(model, routing=Routing(variant="vtw", split=1)):
-        assert curves.withdrawn_kl[1] == pytest.approx(lost(stock, answer(model, sample, back=3)), rel=1e-3)
+        routed = answer(model, sample, back=3)
+    assert curves.withdrawn_kl[1] == pytest.approx(lost(stock, routed), rel=1e-3)
+    labels[0, -1] = sample["input_ids"][0, -1]  # a further one: VTW's search looks behind the prompt alone
+    more = measure_sample(find(model), {**sample, "labels": labels})
+    assert more.vtw_kl[1] == curves.vtw_kl[1] == pytest.approx(lost(routed, stock), rel=1e-3)
+    assert more.withdrawn_kl[1] != pytest.approx(curves.withdrawn_kl[1], rel=1e-3)
 
 
 def test_reads_are_text_behind_the_image_whose_next_token_is_labelled() -> None:

@@ -13,6 +13,7 @@ from llava_patch.measurements.saturation.recommend import (
     kept_from,
     recommend,
     recommend_by_answers,
+    recommend_vtw,
     settled_layer,
     transition_layer,
 )
@@ -146,3 +147,12 @@ def test_what_the_answers_lose_decides_over_the_other_signals() -> None:
 def test_answers_that_need_no_image_leave_it_to_the_others() -> None:
     got = recommend_by_answers([0.001, 0.0], [0.001, 0.0], SHARES, True, Recommendation("mass settles", (4, 5)))
     assert got.window == (4, 5) and got.reason.startswith("mass settles; the answers have no say")
+
+
+def test_vtws_search_takes_the_first_touch_of_its_threshold() -> None:
+    kl = [0.0, 0.0, 4.0, 4.0, 4.0, 0.2, 0.003, 0.1, 0.0]
+    assert recommend_vtw(kl, Saturation()).window == (6, 8)  # layers below 5 do not count, what comes after neither
+    assert recommend_vtw(kl, Saturation(vtw_threshold=0.2)).split == 5
+    assert recommend_vtw(kl, Saturation(vtw_first=1)).split == 1
+    assert recommend_vtw(kl[:6], Saturation()).split is None
+    assert recommend_vtw([NAN] * 6, Saturation()).reason.endswith("was not measured (Saturation.knockout)")
