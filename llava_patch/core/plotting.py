@@ -1,5 +1,7 @@
 """What the measurements' figures share: size, type, layer axes, the split's line, and how they are written."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,65 @@ def panels(rows: int = 1, columns: int = 1, height: float = PANEL[1], width: flo
     return figure, list(axes.flat)
 
 
-def panel_grid(count: int, width: float = PANEL[0], height: float = PANEL[1]) -> tuple[Any, list[Any]]:
-    """A figure with `count` panels, three in a row, each at least as large as a usual one."""
-    columns = min(3, count)
+def panel_grid(
+    count: int, width: float = PANEL[0], height: float = PANEL[1], columns: int = 3
+) -> tuple[Any, list[Any]]:
+    """A figure with `count` panels, `columns` in a row, each at least as large as a usual one.
+
+    Three fill a paper's page; a report is as wide as two.
+    """
+    columns = min(columns, count)
     figure, axes = panels(-(-count // columns), columns, max(height, PANEL[1]), max(width, PANEL[0]))
     for axis in axes[count:]:
         axis.remove()
     return figure, axes[:count]
+
+
+def log_axis(axis: Any, values: Iterable[float]) -> float | None:
+    """A logarithmic y axis on which zeros are drawn too.
+
+    Without a zero among the values it is a plain one. With one it is linear below the decade of the smallest one over
+    0, so that 0 has a place and a tick of its own: a plain one would leave it out.
+
+    Returns:
+        The value down to which the axis is logarithmic; None: nothing is above 0, and the axis stays as it is.
+    """
+    shown = [v for v in values if isfinite(v) and v >= 0]
+    above = [v for v in shown if v > 0]
+    if not above:
+        return None
+    low: float = 10.0 ** floor(log10(min(above)))
+    if len(above) == len(shown):
+        axis.set_yscale("log")
+        return low
+    ticker = optional("matplotlib.ticker")
+    axis.set_yscale("symlog", linthresh=low, linscale=0.6)
+    axis.set_ylim(bottom=-0.2 * low)  # half a mark at 0 would be cut off
+    top, lowest = floor(log10(max(above))), floor(log10(low))
+    step = max(1, (top - lowest) // 5)
+    axis.set_yticks([0.0, *(10.0**n for n in range(lowest, top + 2, step))])
+    axis.yaxis.set_major_formatter(ticker.LogFormatterMathtext())
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+    return low
+
+
+def distinct(curves: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Curves by name, those that are the same as an earlier one put together with it: `"a ≡ b"`.
+
+    Drawn apart, all but the last of them would be hidden under it. NaN, where a curve has no value, equals NaN.
+    """
+    found: dict[str, Sequence[float]] = {}
+    for name, values in curves.items():
+        same = next((n for n, one in found.items() if len(one) == len(values) and all(map(_same, one, values))), None)
+        if same is None:
+            found[name] = values
+        else:
+            found = {f"{n} ≡ {name}" if n == same else n: one for n, one in found.items()}
+    return found
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (one != one and other != other)
 
 
 def layer_axis(axis: Any, n_layers: int, label: str = "decoder layer") -> None:

@@ -274,15 +274,17 @@ def _draw_lengths(axis: Any, result: FlopsResult) -> None:
     prompt = result.prompts[0]
     texts = sorted({*TEXTS, *(p.text for p in result.prompts)})
     stock = count.program_of(result.shape, None, None)
-    for number, row in enumerate(result.rows[0][1:], 1):
+    curves = {}
+    for row in result.rows[0][1:]:
         program = count.program_of(result.shape, row.variant.routing, row.variant.pruning)
         saved = []
         for text in texts:
             there = replace(prompt, text=text)
             base = count.count_flops(result.shape, stock, there).total
             saved.append(100 * (1 - count.count_flops(result.shape, program, there).total / base))
-        colour = _COLOURS[number % len(_COLOURS)]
-        axis.plot(texts, saved, marker="o", ms=2.5, color=colour, label=row.variant.name)
+        curves[row.variant.name] = saved
+    for number, (name, shares) in enumerate(plotting.distinct(curves).items(), 1):
+        axis.plot(texts, shares, marker="o", ms=2.5, color=_COLOURS[number % len(_COLOURS)], label=name)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(texts, [str(text) for text in texts])

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from llava_patch.core.extras import optional
-from llava_patch.core.plotting import IMAGE, SPLIT, TEXT, panels
+from llava_patch.core.plotting import IMAGE, SPLIT, TEXT, log_axis, panels
 from llava_patch.measurements.base import drawn
 from llava_patch.measurements.gradients.measurement import name_of
 from llava_patch.measurements.gradients.moments import Moments, Step
@@ -127,13 +127,13 @@ def _running(steps: Sequence[Step], values: Sequence[float], window: int) -> tup
 
 
 def _positive_log(axis: Any) -> None:
-    """A logarithmic axis where there is something above zero to show; plain numbers where it spans little."""
+    """A logarithmic axis, with zeros at 0, where there is more to show; plain numbers where it spans little."""
     ticker = optional("matplotlib.ticker")
 
-    shown = [v for line in axis.lines for v in line.get_ydata() if v > 0 and math.isfinite(v)]
-    if not shown:
+    values = [v for line in axis.lines for v in line.get_ydata()]
+    if log_axis(axis, values) is None or axis.get_yscale() != "log":
         return
-    axis.set_yscale("log")
+    shown = [v for v in values if v > 0 and math.isfinite(v)]
     if max(shown) / min(shown) < 50:
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

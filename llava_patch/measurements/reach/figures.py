@@ -1,7 +1,6 @@
 """Figures of the gradient reach."""
 
-from collections.abc import Iterable, Sequence
-from math import floor, log10
+from collections.abc import Sequence
 from typing import Any
 
 from llava_patch.core import plotting
@@ -17,7 +16,8 @@ from llava_patch.measurements.reach.measurement import (
     ReachResult,
 )
 
-_FLOOR = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
+_MARKS = {ZERO: ("o", "exactly 0"), NONE: ("x", "none arrives"), FROZEN: ("_", "frozen")}
+_BELOW = 0.035  # share of the axis's height at which parts without any gradient are marked, below 0
 _LINES = {"lf": ("#4c72b0", "o"), "pc": ("#dd8452", "s"), "kv": ("#55a868", "."), "ideal": ("#8172b3", "o")}
 _SHORT = {
     groups.EMBEDDING: "embed", groups.AFTER: "after", groups.PROJECTOR: "proj", groups.STACK: "stack",
@@ -28,9 +28,9 @@ _SHORT = {
 @drawn
 def reach_figure(result: ReachResult) -> Any:
     """Gradient norms of the vision side and of the decoder, and the side output's by layer where there is a branch."""
-    figure, axes = plotting.panels(1, 2 if result.side is None else 3)
+    figure, axes = plotting.panel_grid(2 if result.side is None else 3, columns=2)
     for axis in axes[:2]:  # one scale, so that tower and decoder compare
-        axis.set(yscale="log", ylim=_limits([f.norm for f in result.parts if f.state == NONZERO], 0.3))
+        _scale(axis, [f.norm for f in result.parts if f.state in (NONZERO, ZERO)], 0.3)
     _draw_parts(axes[0], result, (groups.EMBEDDING, groups.BLOCK, groups.AFTER, groups.PROJECTOR, groups.STACK))
     axes[0].set(title="Vision tower and projector", xlabel="tower block")
     _draw_decoder(axes[1], result)
@@ -54,7 +54,7 @@ def comparison_figure(result: ReachComparison) -> Any:
 
 
 def _draw_parts(axis: Any, result: ReachResult, kinds: tuple[str, ...]) -> None:
-    """Bars on a log axis over parts in the model's order; what has no gradient is a mark on the floor."""
+    """Bars on a log axis over parts in the order of the model; exact zeros at 0, and below it what has no gradient."""
     parts = [found for kind in kinds for found in result.of(kind)]
     labels = [str(f.part.number) if f.part.number is not None else _SHORT[f.part.kind] for f in parts]
     _bars(axis, parts)
@@ -77,12 +77,16 @@ def _draw_decoder(axis: Any, result: ReachResult) -> None:
     if result.split is not None:
         side = list(enumerate(result.of(groups.SIDE), result.split))
         if alive := {number: found.norm for number, found in side if found.state == NONZERO}:
-            style = {"color": "none", "edgecolor": plotting.IMAGE, "hatch": "////"}
+            style: dict[str, Any] = {"color": "none", "edgecolor": plotting.IMAGE, "hatch": "////"}
             axis.bar(list(alive), list(alive.values()), width=0.5, label="side branch", **style)
         if dead := {number: found.state for number, found in side if found.state in (ZERO, NONE)}:
-            marker, word = _FLOOR[next(iter(dead.values()))]
-            places, low, label = list(dead), 4 * axis.get_ylim()[0], f"side branch: {word}"
-            axis.plot(places, [low] * len(dead), marker, color=plotting.IMAGE, ms=5, mfc="white", label=label)
+            state = next(iter(dead.values()))
+            marker, word = _MARKS[state]
+            style = {"color": plotting.IMAGE, "ms": 5, "mfc": "white", "label": f"side branch: {word}"}
+            if state == ZERO:
+                axis.plot(list(dead), [0.0] * len(dead), marker, **style)
+            else:
+                axis.plot(list(dead), [2 * _BELOW] * len(dead), marker, transform=axis.get_xaxis_transform(), **style)
     plotting.layer_axis(axis, result.n_layers)
     if result.split is not None:
         axis.axvline(result.split - 0.5, color=plotting.SPLIT, ls="--", lw=1.2, label=f"split {result.split}")
@@ -94,19 +98,25 @@ def _bars(axis: Any, parts: Sequence[PartReach]) -> None:
     alive = {p: f.norm for p, f in enumerate(parts) if f.state == NONZERO and f.norm > 0}
     if alive:
         axis.bar(list(alive), list(alive.values()), color=plotting.TEXT, width=0.8, label="gradient")
-    low = 1.6 * axis.get_ylim()[0]
-    for state, (marker, label) in _FLOOR.items():
+    for state, (marker, label) in _MARKS.items():
         if there := [p for p, f in enumerate(parts) if f.state == state]:
-            axis.plot(there, [low] * len(there), marker, color="0.35", ms=4, mfc="none", label=label)
+            style = {"color": "0.35", "ms": 4, "mfc": "none", "label": label}
+            if state == ZERO:
+                axis.plot(there, [0.0] * len(there), marker, **style)
+            else:
+                axis.plot(there, [_BELOW] * len(there), marker, transform=axis.get_xaxis_transform(), **style)
     axis.set_ylabel("gradient norm")
     axis.grid(axis="x", visible=False)
 
 
-def _limits(norms: Iterable[float], room: float) -> tuple[float, float]:
-    """Of a log axis: a decade below the smallest norm above 0, and room for a legend over the largest."""
-    shown = [norm for norm in norms if norm > 0] or [1.0]
-    low, high = 10.0 ** (floor(log10(min(shown))) - 1), 2 * max(shown)
-    return low, high * (high / low) ** room
+def _scale(axis: Any, norms: Sequence[float], room: float) -> None:
+    """A log axis with 0 on it, below that a strip for marks, and above the largest norm room for a legend."""
+    low = plotting.log_axis(axis, [0.0, *norms])
+    if low is None:  # nothing that a scale could measure
+        axis.set(ylim=(-0.3, 1.0), yticks=[0.0], yticklabels=["0"] if norms else [""])
+        return
+    high = 2 * max(norms)
+    axis.set_ylim(-0.45 * low, high * (10 * high / low) ** room)
 
 
 def _legend(axis: Any) -> None:
@@ -114,14 +124,24 @@ def _legend(axis: Any) -> None:
 
 
 def _draw_side(axis: Any, results: list[ReachResult]) -> None:
-    """One line a variant over the deep layers; a layer that reads the output for nothing is a mark on the floor."""
-    axis.set_yscale("log")
+    """One line a variant over the deep layers; a layer that reads the output for nothing is a mark at 0.
+
+    Variants that say the same share a line and its label.
+    """
     first = results[0]
-    limits = _limits([n for r in results if r.side for n in (*r.side.layers.values(), r.side.norm or 0.0)], 0.35)
-    for number, result in enumerate(results):
+    _scale(axis, [n for r in results if r.side for n in (*r.side.layers.values(), r.side.norm or 0.0)], 0.35)
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for result in results:
+        assert result.side is not None
+        together.setdefault(tuple(result.side.layers.items()), []).append(result.variant)
+    for result in results:
         assert result.side is not None
         variant = result.variant
+        same = together[tuple(result.side.layers.items())]
+        if variant != same[0]:
+            continue
         colour, marker = _LINES.get(variant, (plotting.TEXT, "o"))
+        variant = " ≡ ".join(same)
         if alive := {k: v for k, v in result.side.layers.items() if v > 0}:
             axis.plot(
                 list(alive), list(alive.values()), marker=marker, ms=7 if marker == "s" else 4, mfc="none",
@@ -129,18 +149,14 @@ def _draw_side(axis: Any, results: list[ReachResult]) -> None:
             )  # fmt: skip
         dead = [k for k in result.side.layers if k not in alive]
         if dead or not alive:
-            at = dead or [result.n_layers]
-            word = "exactly 0" if dead else "none arrives"
-            axis.plot(
-                at, [limits[0] * 1.6 * 1.6**number] * len(at), "o", ms=5, mfc="none", color=colour,
-                label=f"{variant}: {word}",
-            )  # fmt: skip
+            style = {"ms": 5, "mfc": "none", "color": colour}
+            if dead:
+                axis.plot(dead, [0.0] * len(dead), "o", label=f"{variant}: exactly 0", **style)
+            else:
+                across = axis.get_xaxis_transform()
+                axis.plot([result.n_layers], [_BELOW], "x", transform=across, label=f"{variant}: none arrives", **style)
         if len(results) == 1 and result.side.norm:
             axis.axhline(result.side.norm, color="black", ls=":", lw=1, label="whole")
-    axis.set_ylim(*limits)
-    if not any(r.side is not None and r.side.norm for r in results):
-        axis.set_yticks([], [])  # nothing that a scale could measure
-        axis.set_yticks([], [], minor=True)
     plotting.layer_axis(axis, first.n_layers + 1, "decoder layer that reads it")
     left = 0 if first.split is None else first.split
     step = max(1, (first.n_layers - left) // 8)

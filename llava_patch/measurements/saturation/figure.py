@@ -42,7 +42,7 @@ def saturation_figure(result: SaturationResult) -> Any:
     found: dict[str, Any] = {}
     for axis in axes:
         found.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), columnspacing=1.2)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, columnspacing=1.2)
     head = f"recommended split {result.worded(result.recommended_split)}"
     if result.recommended_split is None:
         head = f"model {result.patch.words}" if result.patch is not None else "no split recommended"
@@ -58,29 +58,37 @@ def _draw(result: SaturationResult, axes: list[Any]) -> None:
         mass.plot(layers, values, color="0.8", lw=0.5, label="single heads" if i == 0 else None)
     mass.plot(layers, curves.mass, color=IMAGE, **_MARKED)
     mass.plot(layers, curves.peak, color=OTHER, ls="--", **_MARKED, label="most on one patch, by what answers")
-    mass.set_ylim(0, 1.02)
-    for color, label, angle, kl, transition in (
-        (IMAGE, "image positions", curves.image_cosine, curves.image_kl, result.image_transition),
-        (TEXT, "text positions", curves.text_cosine, curves.text_kl, result.text_transition),
+    mass.set_ylim(-0.02, 1.02)
+    for color, label, angle, kl, transition, line in (
+        (IMAGE, "image positions", curves.image_cosine, curves.image_kl, result.image_transition, "-"),
+        (TEXT, "text positions", curves.text_cosine, curves.text_kl, result.text_transition, "--"),
     ):
-        cosine.plot(layers, angle, color=color, label=label, **_MARKED)
-        lens.plot(layers, kl, color=color, **_MARKED)
+        cosine.plot(layers, angle, color=color, ls=line, label=label, **_MARKED)
+        lens.plot(layers, kl, color=color, ls=line, **_MARKED)
         if transition is not None:
             ring = f"{label.split()[0]} transition {transition}"
             lens.plot([transition], [kl[transition]], "o", ms=8, mfc="none", mec=color, clip_on=False, label=ring)
-    lens.set_ylim(bottom=0)
+    _from_zero(lens)
     if curves.knocked_out:
         _draw_lost(result, axes[3])
 
 
 def _draw_lost(result: SaturationResult, axis: Any) -> None:
     curves, layers = result.curves, range(result.n_layers)
-    axis.plot(layers, curves.withdrawn_kl, color="0.35", label="image gone for good", **_MARKED)
-    axis.plot(layers, curves.fused_kl, color=SPLIT, ls="--", label="last layer sees it again", **_MARKED)
+    lost = {"image gone for good": curves.withdrawn_kl, "last layer sees it again": curves.fused_kl}
+    for (name, values), (color, line) in zip(
+        plotting.distinct(lost).items(), (("0.35", "-"), (SPLIT, "--")), strict=False
+    ):
+        axis.plot(layers, values, color=color, ls=line, label=name, **_MARKED)
     allowed = result.settings.knockout_share * curves.withdrawn_kl[0]
     axis.axhline(allowed, color="0.6", lw=0.8, ls=":", label=f"{result.settings.knockout_share:.0%} of all")
-    axis.set_ylim(bottom=0)
+    _from_zero(axis)
     axis.set_xlabel("split")
+
+
+def _from_zero(axis: Any) -> None:
+    """An axis from 0 on, where a mark at 0 is seen whole."""
+    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])
 
 
 @drawn
@@ -108,7 +116,7 @@ def comparison_figure(results: Mapping[str, SaturationResult]) -> Any:
         said = f"{kind} {split}" if split is not None else "no split" + " of its own" * (result.patch is not None)
         handles.append(Line2D([], [], label=f"{name} ({said})", **style))
     for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
+        _from_zero(axis)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     figure.suptitle("Visual saturation at image positions: recommended split ▼, own split ▽", fontsize=9)
     return figure
@@ -125,7 +133,7 @@ def _flag(axis: Any, layer: int | None, unit: float, number: int, color: str, fi
 
 def _panels(height: float, *depths: int, count: int = 3) -> tuple[Any, list[Any]]:
     """A figure with the first panels over the layers of models of these depths, in percent where they differ."""
-    figure, axes = plotting.panels(1, count, height)
+    figure, axes = plotting.panel_grid(count, height=height, columns=2)
     for axis, title, unit in zip(axes, TITLES[:count], UNITS[:count], strict=True):
         axis.set(title=title, ylabel=unit)
         if len(depths) == 1:

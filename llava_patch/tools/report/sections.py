@@ -218,7 +218,7 @@ def _run_curves(context: Context, folder: Path) -> Found:
     last = sum(value for _, value in tail) / len(tail)
     summary = f"Training loss went from {losses[0][1]:.3f} to {last:.3f} over {losses[-1][0]} optimizer steps."
     there, rows = [(label, curves[name]) for name, label in CURVES if curves[name]], []
-    figure, axes = plotting.panels(1, len(there))
+    figure, axes = plotting.panel_grid(len(there), columns=2)
     for axis, (label, curve) in zip(axes, there, strict=True):
         steps, values = zip(*curve, strict=True)
         axis.plot(steps, values, color=plotting.TEXT, marker="o" if len(steps) < 30 else "", ms=2.5)
