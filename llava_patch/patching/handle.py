@@ -314,7 +314,24 @@ class Handle:
         base: str = "",
         measured: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Save what was added or trained ("adapter") or the whole model ("full"); see `checkpoint.save`."""
+        """Save what was added or trained, or the whole model.
+
+        Args:
+            directory: folder to write. A new one appears at once; in an earlier save's, files are replaced when all are
+                on the disk. With weights that DeepSpeed ZeRO-3 or FSDP2 has partitioned, every rank must call this.
+            form: "adapter": only what was added or trained, with a pointer to the base; "full": everything.
+            base: what an adapter is to name as its base, a hub name where others are to load it; "": where the model
+                came from.
+            measured: what was measured on the model, by name, for the model card.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the patch was removed, an unknown form, an adapter without a base to point at, or whose
+                model is not that base any more (LoRA merged into it), or a folder that holds another checkpoint.
+            StorageError: the disk or folder does not take it.
+        """
         from llava_patch.patching import checkpoint
 
         return checkpoint.save(self, directory, form, base, measured)
