@@ -12,6 +12,7 @@ from typing import Any
 from llava_patch.core.compiled import aside, follow, following
 from llava_patch.core.undo import UndoStack, holding
 from llava_patch.hosts.anatomy import HF, Anatomy, when_loaded
+from llava_patch.hosts.steps import around_calls
 
 _packs: ContextVar[bool] = ContextVar("llava_patch_packs", default=False)
 
@@ -23,9 +24,9 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
     LlavaModel and of the decoder; on `llava` `prepare_inputs_labels_for_multimodal`.
     """
     if anatomy.host == HF:
-        undo.wrap(anatomy.model, "forward", _outer)
-        undo.wrap(anatomy.wrapper, "forward", _inner)
-        undo.wrap(anatomy.decoder, "forward", _followed)
+        undo.wrap(anatomy.model, "forward", around_calls(anatomy, _outer))
+        undo.wrap(anatomy.wrapper, "forward", around_calls(anatomy, _inner, opens=False))
+        undo.wrap(anatomy.decoder, "forward", around_calls(anatomy, _followed, opens=False))
     else:
         undo.wrap(anatomy.model, "prepare_inputs_labels_for_multimodal", _beside)
     when_loaded(anatomy, undo, lambda late: late.wrap(anatomy.vision_model, "forward", _followed))

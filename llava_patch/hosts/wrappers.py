@@ -20,6 +20,7 @@ from llava_patch.hosts import call_context, compat, lora
 from llava_patch.hosts.anatomy import HF, LLAVA, Anatomy
 from llava_patch.hosts.call_context import CallContext, HostCall, Stacked, current, host_call, not_routed, prepared_of
 from llava_patch.hosts.hf import VIDEOS
+from llava_patch.hosts.steps import around_calls
 
 IGNORE_INDEX = -100
 _TAKEN = {
@@ -156,8 +157,8 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
             context.image_mask = functools.reduce(torch.logical_or, masks) if masks else None
             return inner(*args, **kwargs)
 
-    undo.wrap(anatomy.model, "forward", outer_and_report)
-    undo.wrap(wrapper, "forward", inner_and_report)
+    undo.wrap(anatomy.model, "forward", around_calls(anatomy, outer_and_report))
+    undo.wrap(wrapper, "forward", around_calls(anatomy, inner_and_report, opens=False))
 
 
 def hf_image_mask(input_ids: Tensor, number: int) -> Tensor:

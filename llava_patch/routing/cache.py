@@ -82,11 +82,8 @@ class RoutedCache(Base):
     @classmethod
     def check(cls, cache: Any, schedule: LayerSchedule) -> None:
         """Refuse (InputError) a cache whose layers cannot differ in length, or that another schedule has filled."""
-        if isinstance(cache, cls) and cache.schedule != schedule:
-            raise InputError(
-                "this KV cache was filled under other routing or pruning settings than the model has now: start from "
-                "an empty cache"
-            )
+        if isinstance(cache, cls):
+            cls.check_schedule(cache, schedule)
         if type(cache) is not DynamicCache and type(cache) is not cls:
             raise InputError(
                 f"routing needs a dynamic KV cache, got {type(cache).__name__}: do not set cache_implementation, or "
@@ -94,6 +91,22 @@ class RoutedCache(Base):
             )
         if getattr(cache, "offloading", False):
             raise InputError('routing needs a KV cache on the device: do not set cache_implementation = "offloaded"')
+
+    @staticmethod
+    def check_schedule(cache: Any, schedule: LayerSchedule) -> None:
+        """Refuse (InputError) a routed cache that another schedule has filled."""
+        if cache.schedule != schedule:
+            raise InputError(
+                "this KV cache was filled under other routing or pruning settings than the model has now: start from "
+                "an empty cache"
+            )
+
+    def without_keys(self) -> "RoutedCache":
+        """What is known of the conversation, in a cache of its own that holds no keys and values yet."""
+        empty = object.__new__(type(self))
+        empty.__dict__.update(self.__dict__, layers=[type(layer)() for layer in self.layers], running=False)
+        empty.streams = {name: held.map(lambda x: x) for name, held in self.streams.items()}
+        return empty
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -141,19 +154,20 @@ class RoutedCache(Base):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples (beam search); `beam_idx` is int64 [batch]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.rearrange(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sample (several return sequences)."""
         super().batch_repeat_interleave(repeats)
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.rearrange(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples; `indices` is int64 [samples to keep]."""
         super().batch_select_indices(indices)
-        self._map(lambda x: x[indices.to(x.device)])
+        self.rearrange(lambda x: x[indices.to(x.device)])
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+    def rearrange(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The same change of the batch dimension on all that is known of the positions, each tensor [batch, ...]."""
         self.streams = {name: places.map(change) for name, places in self.streams.items()}
         if self.side is not None:
             self.side = self.side.map(change)

@@ -10,10 +10,10 @@ from torch import Tensor
 from llava_patch.core.compiled import aside, follow
 from llava_patch.core.errors import InputError
 from llava_patch.core.undo import UndoStack, inner
-from llava_patch.hosts import call_context, compat, known, zero
-from llava_patch.hosts.anatomy import Anatomy
+from llava_patch.hosts import call_context, compat, known, steps, zero
+from llava_patch.hosts.anatomy import HF, Anatomy
 from llava_patch.hosts.call_context import CallContext, Stacked
-from llava_patch.routing import side_branch
+from llava_patch.routing import side_branch, static_cache
 from llava_patch.routing.cache import FULL, RoutedCache
 from llava_patch.routing.plan import Counts
 from llava_patch.routing.routed_pass import Call, RoutedPass
@@ -36,8 +36,17 @@ class RoutedForward:
         layers = [zero.bare(layer) for layer in self.anatomy.decoder.layers]  # engines wrap them when training begins
         return (*layers, *(getattr(layer, "self_attn", None) for layer in layers))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of decoding behind a static cache, which the compiler follows, or `run`."""
+        cache = steps.stepping(kwargs)
+        if cache is None:
+            return self.run(*args, **kwargs)
+        RoutedCache.check_schedule(cache, self.schedule)
+        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        return static_cache.step(self.anatomy.decoder, cache, kwargs["inputs_embeds"], mask, places)
+
     @aside
-    def __call__(
+    def run(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -62,7 +71,7 @@ class RoutedForward:
             HostError: layers that somebody has replaced by others, or images that would not have been routed.
         """
         cache = past_key_values if cache is None else cache
-        routed_before = isinstance(cache, RoutedCache)
+        routed_before = isinstance(cache, (RoutedCache, static_cache.RoutedStaticCache))
         context = call_context.take(self.anatomy, inputs_embeds, routed_before)
         if context.unknown and context.image_mask is None:
             raise InputError(
@@ -74,13 +83,17 @@ class RoutedForward:
             known.check_decoder(self.anatomy.decoder, "routing")
             compat.prepare_layers(self.anatomy.decoder, self.anatomy.decoder.layers, self._undo)
             self._layers = now
-        call = None
+        call, static = None, None
         if brings_image or routed_before or (cache is None and self._keeps_order()):
-            cache = compat.as_cache(cache)
-            self._check(cache, attention_mask, position_ids, kwargs)
+            held, mask = compat.as_cache(cache), attention_mask
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.anatomy.decoder.embed_tokens(input_ids), None
-            call = self._call(context, inputs_embeds, attention_mask, cache, use_cache, kwargs)
+            if self.anatomy.host == HF and static_cache.takes(held):
+                static_cache.check(held, self.schedule, self.anatomy.decoder)
+                static, held = held, static_cache.opened(held, self.anatomy.decoder.config)
+                mask = static_cache.validity(mask, held.get_seq_length() + inputs_embeds.shape[1])
+            self._check(held, mask, position_ids, kwargs)
+            call = self._call(context, inputs_embeds, mask, held, use_cache, kwargs)
         if call is None:
             if cache_position is not None:
                 kwargs["cache_position"] = cache_position
@@ -94,7 +107,11 @@ class RoutedForward:
             cache_position = torch.arange(call.seen, call.seen + call.queries, device=call.embeds.device)
         call.cache_position = cache_position
         call.position_ids = cache_position[None] if position_ids is None else position_ids
-        return RoutedPass(self.anatomy, self.schedule, call).forward()
+        outputs = RoutedPass(self.anatomy, self.schedule, call).forward()
+        if static is not None and call.cache is not None:
+            static_cache.lay(static, call.cache)
+            outputs.past_key_values = static if call.use_cache else None
+        return outputs
 
     def _keeps_order(self) -> bool:
         return side_branch.keeps_order(self.anatomy, [self.anatomy.decoder.layers[i] for i in self.schedule.keys])

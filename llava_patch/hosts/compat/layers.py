@@ -18,12 +18,12 @@ _CHECKPOINTING, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_f
 
 def cache_argument() -> str:
     """What decoders call the KV cache that they are given: `past_key_values`, `cache` from 5.2x on."""
-    argument = _layer_cache_argument()
+    argument = layer_cache_argument()
     return "past_key_values" if argument == "past_key_value" else argument
 
 
 @functools.cache
-def _layer_cache_argument() -> str:
+def layer_cache_argument() -> str:
     """The same of their layers: `past_key_value` up to 4.55."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -64,7 +64,7 @@ def call_layer(
     wanted it would only warn, and it drops a cache.
     """
     if cache is not None:
-        arguments[_layer_cache_argument()] = cache
+        arguments[layer_cache_argument()] = cache
     own = bare(layer)
     if not _checkpoints_itself(own):
         run = functools.partial(_call_older, layer, arguments)
