@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle as Handle
     from llava_patch.patching.patch import patch as patch
     from llava_patch.routing.fastv import FastV as FastV
+    from llava_patch.routing.vision_zip import VisionZip as VisionZip
     from llava_patch.settings.auxiliary import AuxiliaryProbe as AuxiliaryProbe
     from llava_patch.settings.routing import Routing as Routing
     from llava_patch.tools.inspect import inspect_checkpoint as inspect_checkpoint

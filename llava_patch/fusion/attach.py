@@ -65,7 +65,12 @@ class FusionMethod(Method):
         return not differs(asked, self.settings)
 
     def check_added(self, there: Mapping[str, Method]) -> None:
-        """Refuse to come under an auxiliary loss."""
+        """Refuse to come under an auxiliary loss, or a pruning that must see the fused feature."""
+        if "pruning" in there and hasattr(there["pruning"].settings, "reduce"):
+            raise SettingError(
+                f"a fusion under {there['pruning'].name}, which is there already, would change what it has to reduce: "
+                "give both to one call of patch"
+            )
         if "probe" in there:
             raise SettingError(
                 "a fusion under an auxiliary loss that is there already would change what its head was made for: give "

@@ -99,6 +99,17 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
         call.offer(_project(anatomy, taken), argument)
         return features
 
+    for encoder, argument in zip(anatomy.encoders, anatomy.visual_tokens, strict=True):
+        undo.wrap(*encoder, aside(functools.partial(encode_and_stack, argument)))
+    report_packing(anatomy, undo)
+
+
+def report_packing(anatomy: Anatomy, undo: UndoStack) -> None:
+    """Have HF's models that cut images into tiles say how they join them (`HostCall.pack`).
+
+    Modifications: their instance attribute `pack_image_features`.
+    """
+
     @aside
     def pack_and_report(pack: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, given = call_context.current(anatomy), wrappers.arguments_of(pack)(args, kwargs)
@@ -106,8 +117,6 @@ def attach(anatomy: Anatomy, undo: UndoStack) -> None:
             call.pack = functools.partial(_pack_tiles, pack, given)
         return pack(*args, **kwargs)
 
-    for encoder, argument in zip(anatomy.encoders, anatomy.visual_tokens, strict=True):
-        undo.wrap(*encoder, aside(functools.partial(encode_and_stack, argument)))
     if hasattr(anatomy.wrapper, "pack_image_features"):
         undo.wrap(anatomy.wrapper, "pack_image_features", pack_and_report)
 

@@ -38,7 +38,8 @@ class CallContext:
     read: Tensor | None = None  # bool [batch, tokens], positions whose next label counts; None when there are no labels
     # How many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
     suffix: int | None = None
-    # bool [batch, tokens], positions that survive pruning, when that was decided before; None: choose.
+    # bool [batch, tokens], positions that survive pruning, when that was decided before (in the vision tower, or in an
+    # earlier call); None: choose.
     kept: Tensor | None = None
     ahead: int = 0  # how many of the tokens are guesses behind the prompt (assisted decoding)
     generating: bool = False  # whether `generate` makes this call
@@ -91,6 +92,8 @@ class HostCall:
         self.placed: _Placed | None = None  # positions set by hand
         # DeepStack's features of the images encoded last, for each tap [images, tokens, hidden].
         self.offered: list[Tensor] | None = None
+        # Of the images encoded last, which tokens a pruning before layer 0 leaves: bool [images (or tiles), tokens].
+        self.choice: Tensor | None = None
         # What the host did to the features encoded last, tiles joined and cut, does the same to others (anyres on HF).
         self.pack: Callable[[Tensor], Tensor] | None = None
         self.instead: Tensor | None = None  # what encoding gives instead of features, on `llava`
@@ -139,6 +142,24 @@ class HostCall:
             flat = [torch.cat(both) for both in zip(before.features, flat, strict=True)]
         context.stacked = Stacked(flat, rows)
 
+    def offer_choice(self, choice: Tensor, argument: str) -> None:
+        """Hand on which tokens of the images being encoded stay: bool [images (or tiles), tokens]; `argument` as above.
+
+        InputError: the host makes tokens of several patches.
+        """
+        self.choice, context = choice, self.waiting.context
+        mask, pack, self.pack = context.places.pop(argument, None), self.pack, None
+        if mask is None:
+            return
+        if pack is None:
+            flat = choice.flatten()
+        else:
+            packed = pack(1.0 + choice[..., None].float())[:, 0]  # a line's end is 0
+            check_unblended(packed)
+            flat = packed == 2
+        rows = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(0, len(flat) - 1)  # the host refuses other numbers
+        context.kept = ~mask | flat.to(mask.device)[rows]
+
     def find_prepared(self, embeds: Tensor) -> CallContext | None:
         """Which of the prepared embeddings these are, repeated for beams or not: [batch, tokens, hidden]."""
         found, single = None, len(self.waiting.prepared) == 1
@@ -182,6 +203,15 @@ def not_routed(anatomy: Anatomy) -> HostError:
         f"patch(). {type(anatomy.model).__name__} on transformers {transformers.__version__} would have answered as "
         "the stock model: call handle.remove(), or install a supported version"
     )
+
+
+def check_unblended(marks: Tensor) -> None:
+    """Refuse tokens that a host has made of several patches (InputError): their marks lie between 0, 1 and 2."""
+    if not bool((marks == marks.round()).all()):
+        raise InputError(
+            "the host makes tokens of several patches here (pooling, anyres_max), of which some stay and others leave: "
+            "give images of fewer tiles, or take a pruning inside the decoder (FastV)"
+        )
 
 
 def prepared_of(embeds: Tensor | None) -> CallContext | None:
@@ -237,7 +267,7 @@ def take(anatomy: Anatomy, inputs_embeds: Tensor | None = None, continuing: bool
     waiting.context = CallContext(suffix=context.suffix)
     context.generating = waiting.generating
     if own is not None:  # whatever was prepared last
-        context.image_mask, context.stacked = own.image_mask, own.stacked
+        context.image_mask, context.stacked, context.kept = own.image_mask, own.stacked, own.kept
     told = context.image_mask is not None
     if call.placed is not None and call.placed.level == call.level:
         _take_placed(call.placed, context, inputs_embeds, continuing)

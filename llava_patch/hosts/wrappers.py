@@ -142,7 +142,7 @@ def _attach_hf(anatomy: Anatomy, undo: UndoStack) -> None:
         with host_call(anatomy) as call, call.images_of(brought := _brought(anatomy, given)):
             _check_arguments(call, given)
             context, ids, embeds = call.waiting.context, given.get("input_ids"), given.get("inputs_embeds")
-            context.stacked, context.places = None, {}
+            context.stacked, context.kept, context.places = None, None, {}
             context.unknown = ids is None and brought is None
             for argument, number in anatomy.visual_tokens.items():
                 if given.get(argument) is None:
@@ -184,16 +184,18 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
     def prepare_and_report(prepare: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         given = named_of_prepare(args, kwargs)
         with host_call(anatomy) as call:
-            call.offered = None
+            call.offered = call.choice = None
             outputs, image_mask = llava_prepare(prepare, image_token_id, *args, **kwargs)
             context, embeds = call.waiting.context, outputs[4]
             context.image_mask, context.read = image_mask, _read(outputs[5])
             if image_mask is not None and embeds is not None:
+                without = dict.fromkeys(("position_ids", "past_key_values", "labels"))
+                again = functools.partial(prepare, **{**given, **without})
                 if call.offered is not None:
-                    without = dict.fromkeys(("position_ids", "past_key_values", "labels"))
-                    numbered = functools.partial(prepare, **{**given, **without})
-                    context.stacked = _stack(call, call.offered, image_mask, numbered)
-                prepared = CallContext(image_mask, stacked=context.stacked)
+                    context.stacked = _stack(call, call.offered, image_mask, again)
+                if call.choice is not None:
+                    context.kept = _stays(call, call.choice, image_mask, embeds, again)
+                prepared = CallContext(image_mask, stacked=context.stacked, kept=context.kept)
                 setattr(embeds, call_context.PREPARED, prepared)
                 if call.waiting.own:
                     call.waiting.prepared.append((embeds, prepared))
@@ -215,7 +217,7 @@ def _attach_llava(anatomy: Anatomy, undo: UndoStack) -> None:
                 context.unknown = not call.waiting.own and prepared_of(embeds) is None
                 if call.waiting.own and call.waiting.prepared:
                     found = call.find_prepared(embeds) or CallContext(unknown=True)
-                    context.image_mask, context.stacked = found.image_mask, found.stacked
+                    context.image_mask, context.stacked, context.kept = found.image_mask, found.stacked, found.kept
                     context.unknown = found.unknown
                 call.waiting.own = False
             try:
@@ -234,21 +236,42 @@ def _stack(call: HostCall, features: list[Tensor], image_mask: Tensor, prepare: 
     So they are cut, joined and pooled as the image is (anyres, videos). A line's end is what comes without features; it
     takes no tap.
     """
-    anatomy, (batch, tokens) = call.anatomy, image_mask.shape
-
-    def laid_out(feature: Tensor) -> Tensor:
-        def no_text(embed: Callable[..., Tensor], ids: Tensor) -> Tensor:
-            return feature.new_zeros(*ids.shape, feature.shape[-1]) if current(anatomy) is call else embed(ids)
-
-        with _laying_out, meanwhile(call, instead=feature), UndoStack() as undo:
-            undo.wrap(anatomy.embed_tokens, "forward", no_text)  # calls in other threads may come by
-            embeds: Tensor = prepare()[4]
-        return embeds.flatten(0, 1)
-
+    batch, tokens = image_mask.shape
+    laid_out = functools.partial(_laid_out, call, prepare)
     with torch.no_grad():
         ends = laid_out(torch.zeros_like(features[0])).any(-1).view(batch, tokens)
     rows = torch.arange(1, batch * tokens + 1, device=image_mask.device).view(batch, tokens)
     return Stacked([laid_out(feature) for feature in features], rows * (image_mask & ~ends))
+
+
+def _stays(call: HostCall, choice: Tensor, image_mask: Tensor, embeds: Tensor, prepare: Callable[[], tuple]) -> Tensor:
+    """Which positions a choice of tokens, bool [images (or tiles), tokens], leaves in: bool [batch, tokens].
+
+    Laid out by the host as the image is, a token that leaves is 1 and one that stays 2, with the other sign in every
+    second channel, which no line's end has: those leave.
+    """
+    signs = torch.tensor([1.0, -1.0], device=choice.device).repeat(embeds.shape[2] // 2)
+    with torch.no_grad():
+        marks = _laid_out(call, prepare, ((1.0 + choice[..., None].float()) * signs)).view(embeds.shape)[..., :2]
+        first, second = marks.unbind(-1)
+        first = torch.where(first == -second, first, torch.zeros_like(first))
+        call_context.check_unblended(first)
+        return ~image_mask | (first == 2).to(image_mask.device)
+
+
+def _laid_out(call: HostCall, prepare: Callable[[], tuple], feature: Tensor) -> Tensor:
+    """Where the host puts features [images (or tiles), tokens, hidden] in place of the image's: [positions, hidden].
+
+    Text is zeros there; `prepare` prepares the call again.
+    """
+
+    def no_text(embed: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        return feature.new_zeros(*ids.shape, feature.shape[-1]) if current(call.anatomy) is call else embed(ids)
+
+    with _laying_out, meanwhile(call, instead=feature), UndoStack() as undo:
+        undo.wrap(call.anatomy.embed_tokens, "forward", no_text)  # calls in other threads may come by
+        embeds: Tensor = prepare()[4]
+    return embeds.flatten(0, 1)
 
 
 def llava_prepare(

@@ -1,6 +1,7 @@
 """How routing and pruning attach to a host model."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from llava_patch.core.method import Method
 from llava_patch.core.undo import UndoStack, inner
 from llava_patch.hosts import compat, lora, storage
 from llava_patch.hosts.anatomy import Anatomy
-from llava_patch.routing import side_branch
+from llava_patch.routing import side_branch, tower_hooks
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.forward import RoutedForward
 from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
+from llava_patch.routing.tower_pruning import TowerPruning
 from llava_patch.settings.routing import AUTO, Routing
 
 
@@ -117,3 +119,18 @@ class PruningMethod(Method):
     """Pruning of image tokens on a model; `routing.attach.attach` applies the schedule that says which layer prunes."""
 
     calls_decoder_layers = True
+
+    def check_together(self, others: Mapping[str, Any]) -> None:
+        """Refuse fusions that a pruning by the vision tower cannot look at."""
+        if isinstance(self.settings, TowerPruning):
+            tower_hooks.check_together(self.settings, others)
+
+    def resolve(self) -> None:
+        """Check that the vision tower can be asked, where it is."""
+        if isinstance(self.settings, TowerPruning):
+            tower_hooks.check_model(self.anatomy, self.settings)
+
+    def attach(self, undo: UndoStack, *, zero_start: bool, loading: bool) -> None:
+        """Hook the vision tower where the method looks at it; see `tower_hooks.attach`."""
+        if isinstance(self.settings, TowerPruning):
+            tower_hooks.attach(self.anatomy, self.settings, undo)

@@ -49,6 +49,21 @@ class Pruning:
         fraction(owner, "ratio", self.ratio, zero=True)
         flag(owner, "training", self.training)
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The layers before which something leaves; (): nothing is pruned."""
+        return (self.layer,) if self.ratio else ()
+
+    @property
+    def label(self) -> str:
+        """Name(k, r), for a table."""
+        return f"{type(self).__name__}({self.layer}, {self.ratio})"
+
+    @property
+    def described(self) -> str:
+        """Share and layer, for a sentence."""
+        return f"{self.ratio:.0%} of the image tokens at layer {self.layer}"
+
     def scores(self, image_mask: Tensor, attention: Callable[[], Tensor]) -> Tensor:
         """The method's definition: how much each image token is worth.
 

@@ -25,6 +25,7 @@ def final_states(
     routing: Routing | None = None,
     pruning: FastV | None = None,
     choice: Tensor | None = None,
+    there: Tensor | None = None,
 ) -> Tensor:
     """Hidden states of one sample after the final norm.
 
@@ -35,6 +36,7 @@ def final_states(
         routing: settings, the split as a number; None: every layer sees every position.
         pruning: settings, or None.
         choice: bool [tokens], what pruning kept, when it was decided elsewhere.
+        there: bool [tokens], what a pruning by the vision tower (`reference_tower`) has left; None: everything.
 
     Returns:
         [tokens, hidden]; a position that left the decoder has the state it left with.
@@ -45,7 +47,7 @@ def final_states(
     late_fusion = _late_fusion_layers(routing, len(layers))
     place = torch.arange(len(embeds))
     x, before = embeds.clone(), embeds.clone()
-    alive = torch.ones(len(embeds), dtype=torch.bool)  # what pruning has left
+    alive = torch.ones(len(embeds), dtype=torch.bool) if there is None else there  # what pruning has left
     side = embeds  # the side branch's output
 
     for number, layer in enumerate(layers):

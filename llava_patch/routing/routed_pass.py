@@ -395,7 +395,7 @@ class RoutedPass:
     def _choose(self) -> Tensor:
         """What goes on to the layers above: bool [batch, tokens]; chosen before, or now (`pruning`)."""
         call, image_mask, counts = self.call, self.image_mask, self.counts
-        assert image_mask is not None and counts is not None and self.prune_at is not None and self.entered is not None
+        assert image_mask is not None and counts is not None
         valid = torch.ones_like(image_mask) if call.valid is None else call.valid
         if call.kept is not None:
             kept = (call.kept if call.protected is None else call.kept | call.protected) & valid

@@ -95,7 +95,7 @@ def make_schedule(
         split = int(routing.split)
     side_layers = routing.side_layers if routing is not None and split < n_layers else 0
     _check_injections(injections, n_layers, split)
-    if pruning is not None and pruning.ratio == 0:
+    if pruning is not None and not pruning.stages:
         pruning = None
     if pruning is not None:
         last, why = n_layers - 1, f"this model has layers 0..{n_layers - 1}"

@@ -21,6 +21,7 @@ from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.towers.layout import Tower
 
 _ATTENTION = ("self_attn", "attention", "attn")
+_FIRST_NORMS = ("layer_norm1", "layernorm_before", "rms_norm1")
 
 
 @dataclass
@@ -112,3 +113,42 @@ def _ask_again(attention: Any, seen: QueriesKeys, undo: UndoStack) -> None:
         seen.scaling = float(options.get("scale") or q.shape[-1] ** -0.5)
 
     undo.push(attention.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def can_compare(tower: Tower, block: int) -> None:
+    """Refuse a tower whose block (1..N) `compared` does not know: HostError names what was looked for."""
+    _first_norm(tower.blocks[block - 1])
+
+
+@torch.no_grad()
+def compared(tower: Tower, block: int, states: Tensor, asking: slice) -> QueriesKeys:
+    """Queries of some tokens (`asking`) and keys of all in a block, from its input `states` [images, tokens, channels].
+
+    The block is 1..N, as fusions count. Unlike `watched` it needs no hook, and of the queries makes those alone that
+    are asked for; no backend is asked for attention. HostError: a block that is not known.
+    """
+    norm, attention = _first_norm(tower.blocks[block - 1])
+    states = norm(states)
+
+    def heads(kind: str, rows: Tensor) -> Tensor:
+        rows = getattr(attention, f"{kind}_proj")(rows)
+        over_all = getattr(attention, f"{kind}_norm", None)  # InternViT: over all heads at once
+        rows = over_all(rows) if isinstance(over_all, nn.Module) else rows
+        return rows.unflatten(-1, (int(attention.num_heads), -1)).transpose(1, 2)
+
+    return QueriesKeys(heads("q", states[:, asking]), heads("k", states), float(attention.scale))
+
+
+def _first_norm(layer: Any) -> tuple[Any, Any]:
+    """The norm in front of a block's attention, and the attention, with a projection each for queries and keys."""
+    norm: Any = next((getattr(layer, n) for n in _FIRST_NORMS if isinstance(getattr(layer, n, None), nn.Module)), None)
+    attention: Any = next(
+        (getattr(layer, n) for n in _ATTENTION if isinstance(getattr(layer, n, None), nn.Module)), None
+    )
+    if norm is None or not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
+        raise HostError(
+            f"block {type(layer).__name__} of the vision tower is not known: looked for a norm in "
+            f"{', '.join(_FIRST_NORMS)} and an attention with q_proj and k_proj, but it has "
+            f"{', '.join(n for n, _ in layer.named_children())}"
+        )
+    return norm, attention

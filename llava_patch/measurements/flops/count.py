@@ -16,6 +16,7 @@ from llava_patch.hosts.anatomy import HF
 from llava_patch.measurements.flops.shape import DecoderShape, Linear, ModelShape
 from llava_patch.routing.pruning import Pruning
 from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
+from llava_patch.routing.tower_pruning import TowerPruning
 from llava_patch.settings.methods import Routing
 
 POSITION_BYTES = 8  # an int64 position id
@@ -84,7 +85,7 @@ class DecoderPositions:
 
 
 def decoder_positions(
-    program: LayerSchedule, text: int, images: int, mode: Mode, *, answers_last_only: bool = True
+    program: LayerSchedule, text: int, images: int, mode: Mode, *, answers_last_only: bool = True, tiles: int = 1
 ) -> DecoderPositions:
     """What each layer works on, for a prompt whose image is followed by text.
 
@@ -99,6 +100,7 @@ def decoder_positions(
         mode: which pass; DECODE is the first token after such a prompt.
         answers_last_only: whether the stock model's head answers at the prompt's last position alone (Hugging Face's
             generation asks for that; llava's forward answers everywhere).
+        tiles: images (or tiles) of a sample, each of which has its own tokens left by a pruning in the vision tower.
     """
     routed = images > 0 and program.leaves_out
     last, late_fusion = program.n_layers - 1, program.late_fusion
@@ -107,7 +109,10 @@ def decoder_positions(
     here, layers, at_split = images, [], images
     for number, does in enumerate(program.modes):
         if pruning is not None and number == pruning.layer:
-            here = pruning.keep_counts((images,), (0,))[0]
+            if isinstance(pruning, TowerPruning):
+                here = min(images, tiles * pruning.tokens)
+            else:
+                here = pruning.keep_counts((images,), (0,))[0]
         if number == program.split:
             at_split = here
         held = asking = text if routed and does is LayerMode.TEXT else text + here
@@ -232,9 +237,12 @@ def program_of(shape: ModelShape, routing: Routing | None, pruning: Pruning | No
 
 def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
     """FLOPs of one pass of a model over a prompt, where `program` (see `program_of`) says what its layers do."""
-    at = decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF)
     decoder, batch = shape.decoder, prompt.batch
-    images = 0 if mode is Mode.DECODE else prompt.images(shape.projected)
+    brought = prompt.images(shape.projected)
+    images = 0 if mode is Mode.DECODE else brought
+    at = decoder_positions(
+        program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF, tiles=brought // batch
+    )
 
     def layer(position: Positions, times: int = 1) -> LayerFlops:
         parts = layer_products(decoder, position, batch).items()
@@ -263,7 +271,9 @@ def cache_bytes(shape: ModelShape, program: LayerSchedule, prompt: Prompt, value
 
     One number takes `value_bytes`: 2 in half precision, 4 in float32.
     """
-    at = decoder_positions(program, prompt.text, prompt.image, Mode.PREFILL)
+    at = decoder_positions(
+        program, prompt.text, prompt.image, Mode.PREFILL, tiles=prompt.images(shape.projected) // prompt.batch
+    )
     row = 2 * shape.decoder.key_value_heads * shape.decoder.head_dim * value_bytes
     remembered = at.images * (shape.decoder.hidden * value_bytes + POSITION_BYTES) if at.side else 0
     return prompt.batch * (sum(layer.held for layer in at.layers) * row + remembered)

@@ -111,7 +111,7 @@ class FlopsResult(Result):
         what = f"{name} with split {self.split}"
         if name == OWN:
             own = [f"{routing.variant} with split {routing.split}"] if routing is not None else []
-            own += [f"{type(pruning).__name__}({pruning.layer}, {pruning.ratio})"] if pruning is not None else []
+            own += [pruning.label] if pruning is not None else []
             what = f"{OWN} ({' and '.join(own)})"
         paper = f" The DPVR paper gives {PAPER} of forward FLOPs for LLaVA-1.5 7B."
         of_paper = (self.shape.decoder.layers, self.shape.decoder.hidden) == PAPER_SIZES

@@ -57,8 +57,7 @@ def patch_on(anatomy: Anatomy) -> PatchOn | None:
     if split is not None and handle.routing is not None:
         words.append(f"routed ({handle.routing.variant}, split {split})")
     if (pruning := program.pruning) is not None:
-        name = type(pruning).__name__
-        words.append(f"pruned ({name}, {pruning.ratio:.0%} of the image tokens at layer {pruning.layer})")
+        words.append(f"pruned ({type(pruning).__name__}, {pruning.described})")
     return PatchOn(split, program.prune_at, " and ".join(words))
 
 

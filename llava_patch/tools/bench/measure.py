@@ -173,7 +173,7 @@ def _cached_delta(model: Any, handle: Any, inputs: dict[str, Any]) -> float:
         part = slice(None, mask.shape[1] - 1 + i)
         out = model(input_ids=tokens[:, i : i + 1], attention_mask=mask[:, part], past_key_values=cache, use_cache=True)
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], dim=1), "attention_mask": mask}
-    pruned = handle is not None and handle.pruning is not None and handle.pruning.ratio > 0
+    pruned = handle is not None and handle.program().prune_at is not None
     with handle.image_positions(kept=cache.kept()) if pruned else contextlib.nullcontext():
         full = model(**whole, use_cache=False).logits
     return float((out.logits[:, -1].float() - full[:, -1].float()).abs().max())
