@@ -197,13 +197,17 @@ def bench(
     train: bool = typer.Option(False, help="time a forward and backward pass too"),
     lora: bool = typer.Option(True, help="compare with LoRA (needs peft)"),
     fusions: bool = typer.Option(False, "--fusions", help="time vision fusions (prefill, full training step) instead"),
+    compiled: bool = typer.Option(
+        False, "--compiled", help="time decode with a static cache and torch.compile instead"
+    ),
     output: Path = typer.Option(Path("bench"), help="folder for the .json, .md and (routing) .png"),  # noqa: B008
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Time prefill and decode of every routing method beside the stock model, and check its identity.
 
     With --fusions: prefill and a full training step of every vision
-    fusion, tower included.
+    fusion, tower included. With --compiled: a decoded token with a
+    static cache, compiled, beside the dynamic cache, stock and routed.
     """
     import torch
     from rich.console import Console
@@ -213,6 +217,7 @@ def bench(
     from llava_patch.data.loaded import pick_device, pick_dtype
     from llava_patch.hosts import sizes
     from llava_patch.measurements.asked import ASKED, check_kept
+    from llava_patch.tools.bench import compiled as steps
     from llava_patch.tools.bench import fusion, measure, methods, report
 
     if shape not in sizes.SHAPES:
@@ -227,6 +232,11 @@ def bench(
         raise SettingError(f"--split {split}: shape {shape} has {size.layers} layers; expected 0..{size.layers - 2}")
     if fusions and (split >= 0 or train):
         raise SettingError("--fusions: always times a training step, and knows no --split: leave both out")
+    if compiled and (fusions or train or attention == "flash_attention_2"):
+        raise SettingError(
+            "--compiled: times decode with static caches, whose masks flash attention does not know: leave --fusions "
+            "and --train out, and choose --attention sdpa or eager"
+        )
     tower = sizes.TOWERS["none" if not fusions else "small" if shape == "small" else "large"]
     console, machine = Console(), report.machine(torch.device(device))
     asked: dict[str, Any] = {
@@ -255,7 +265,8 @@ def bench(
         return f"fusion_speed_{shape}" + (f"_text{words}_batch{samples}" if (words, samples) != (64, 1) else "")
 
     settings = [(samples, words) for samples in batch for words in text]
-    names = [name_of(*one) for one in settings] if fusions else [f"routing_{shape}"]
+    kind = "compiled_decode" if compiled else "routing"
+    names = [name_of(*one) for one in settings] if fusions else [f"{kind}_{shape}"]
     with folder_lock(check_output(output)):
         for name in names if not overwrite else ():
             check_kept(output / f"{name}.json", asked, {})
@@ -269,14 +280,18 @@ def bench(
                 wrote(report.write_fusions(output, name, rows, title, about))
             return
         model, about = build()
-        tables = {}
+        tables: dict[str, Any] = {}
         for samples, words in settings:
             title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"
-            compared = methods.methods(size.layers, size.split if split < 0 else split, lora)
+            compared = methods.methods(size.layers, size.split if split < 0 else split, lora and not compiled)
+            if compiled:
+                tables[title] = steps.measure(model, compared, words, samples, repeats=repeats)
+                show(console, *report.compiled_table(tables[title]), [], title)
+                continue
             tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
             for table in report.method_tables(tables[title]):
                 show(console, *table, [], title)
-        wrote(report.write(output, names[0], tables, about))
+        wrote((report.write_compiled if compiled else report.write)(output, names[0], tables, about))
 
 
 @needs("sweep", "figures")

@@ -70,10 +70,10 @@ def follow_as(role: Hashable, function: Callable[..., Any], *args: Any, **kwargs
     compiler = _compiler.get()
     if compiler is None:
         return function(*args, **kwargs)
-    frame = _frame(role)
+    run = frame(role)
     before = set_eval_frame(compiler)
     try:
-        return frame(function, args, kwargs)
+        return run(function, args, kwargs)
     finally:
         set_eval_frame(before)
 
@@ -91,8 +91,11 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 @functools.cache
-def _frame(role: Hashable) -> Callable[..., Any]:
-    """`_call` as code of its own: much of transformers stands under one decorator, whose code is one."""
+def frame(role: Hashable) -> Callable[..., Any]:
+    """What calls `function(*args, **kwargs)` when given the three, as code of its own for each role.
+
+    Torch keeps graphs by code: much of transformers stands under one decorator, whose code is one.
+    """
     return FunctionType(_call.__code__.replace(co_name=f"call {role}"), globals())
 
 

@@ -15,6 +15,7 @@ import torch
 from llava_patch.core import files
 from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
+from llava_patch.tools.bench.compiled import Row as CompiledRow
 from llava_patch.tools.bench.fusion import Row as FusionRow
 from llava_patch.tools.bench.measure import Row, ratio
 
@@ -57,6 +58,23 @@ def fusion_table(rows: Sequence[FusionRow]) -> Table:
         ("training step / stock", lambda row: _ratio(row, base, "train_ms", digits=3)),
         ("kept for backward", lambda row: f"{row.kept_bytes / base.kept_bytes:.3f}"),
         ("max |Δlogit|", lambda row: _difference(row.start_delta)),
+    ]
+    return _table(rows, columns)
+
+
+def compiled_table(rows: Sequence[CompiledRow]) -> Table:
+    """The table of compiled decode; ratios refer to the first row, or to the method itself with a dynamic cache."""
+    base = rows[0]
+    columns = [
+        ("method", lambda row: row.method),
+        ("dynamic cache, ms/token", lambda row: f"{median(row.dynamic_ms):,.2f}"),
+        ("/ stock", lambda row: _ratio(row, base, "dynamic_ms")),
+        ("static, compiled, ms/token", lambda row: f"{median(row.compiled_ms):,.2f}"),
+        ("/ stock", lambda row: _ratio(row, base, "compiled_ms")),
+        ("/ dynamic", lambda row: f"{median(row.compiled_ms) / median(row.dynamic_ms):.2f}"),
+        ("cache MB", lambda row: f"{row.cache_bytes / 1e6:,.1f}"),
+        ("/ stock", lambda row: f"{row.cache_bytes / base.cache_bytes:.3f}"),
+        ("max |Δlogit|", lambda row: _difference(row.delta)),
     ]
     return _table(rows, columns)
 
@@ -128,6 +146,23 @@ def write_fusions(folder: Path, name: str, rows: Sequence[FusionRow], title: str
         for row in rows
     ]
     return _write(folder, name, {title: [fusion_table(rows)]}, {**about, "table": title, "rows": values})
+
+
+def write_compiled(folder: Path, name: str, tables: dict[str, list[CompiledRow]], about: dict[str, Any]) -> list[Path]:
+    """Write `<name>.json` and `<name>.md` of compiled decode; arguments as for `write`."""
+    found = {
+        title: [
+            {
+                **asdict(row),
+                **{f"{kind}_ratio": ratio(row, rows[0], f"{kind}_ms") for kind in ("dynamic", "compiled")},
+                "cache_ratio": row.cache_bytes / rows[0].cache_bytes,
+            }
+            for row in rows
+        ]
+        for title, rows in tables.items()
+    }
+    pages = {title: [compiled_table(rows)] for title, rows in tables.items()}
+    return _write(folder, name, pages, {**about, "tables": found})
 
 
 def _write(folder: Path, name: str, pages: dict[str, list[Table]], values: dict[str, Any]) -> list[Path]:
