@@ -20,6 +20,7 @@ _EXPORTS = {  # beside the methods, which the registry names
     "Reach": "measurements.reach.measurement",
     "RegionCollator": "integrations.training.auxiliary",
     "Saturation": "measurements.saturation.result",
+    "compare_probes": "measurements.rprobe.compare",
     "compare_reach": "measurements.reach.measure",
     "get_handle": "hosts.anatomy",
     "image_attention": "measurements.fusion_attention.measure",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from llava_patch.measurements.reach.measure import compare_reach as compare_reach
     from llava_patch.measurements.reach.measure import measure_reach as measure_reach
     from llava_patch.measurements.reach.measurement import Reach as Reach
+    from llava_patch.measurements.rprobe.compare import compare_probes as compare_probes
     from llava_patch.measurements.rprobe.fit import run_rprobe as run_rprobe
     from llava_patch.measurements.rprobe.output import write_run as write_run
     from llava_patch.measurements.rprobe.settings import RProbe as RProbe

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from llava_patch.data.inputs import Inputs
 from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA, find
 from llava_patch.hosts.host import is_computed, named_weights
+
+if TYPE_CHECKING:
+    from llava_patch.data.target import ModelInputs
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,6 +41,24 @@ class LoadedCheckpoint:
     def inputs(self) -> Inputs:
         """Makes the model's inputs of an image and a question."""
         return Inputs(find(self.model), self.tokenizer, self.image_processor, self.processor)
+
+    def samples(
+        self, data: str = "", count: int | None = None, question: str = "", answers: bool = False
+    ) -> "ModelInputs":
+        """Keyword arguments of the model's forward for examples, one at a time: what the measurements take.
+
+        Args:
+            data: as `read_examples` takes it; "": pages that are rendered at the size of the vision tower.
+            count: how many at most, spread over the data; None: all (32 rendered pages).
+            question: asked about every image; "": the data's own.
+            answers: with the answers, which must be known, and `labels` for the loss.
+
+        Raises:
+            InputError: nothing usable there; names the file.
+        """
+        from llava_patch.data.target import ModelInputs, examples_for
+
+        return ModelInputs(self, examples_for(self, data, count, question, answers), answers)
 
 
 def load_subject(checkpoint: str, base: str = "", device: str = "", dtype: str = "") -> LoadedCheckpoint:

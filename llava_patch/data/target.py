@@ -50,7 +50,7 @@ class Target:
 
     def samples(self, count: int | None, answers: bool = False) -> "ModelInputs":
         """Keyword arguments of the model's forward for the `examples`, made one at a time."""
-        return ModelInputs(self.subject, self.examples(count, answers), answers)
+        return self.subject.samples(self.data, count, self.question, answers)
 
     def openers(self, count: int | None) -> tuple[Opener, Opener]:
         """Two calls that load the checkpoint and the base: (model, samples of the same examples).
@@ -62,7 +62,7 @@ class Target:
             subject = self.subject if own else self.load_base()
             if own:
                 self.release()
-            return subject.model, ModelInputs(subject, examples_for(subject, self.data, count, self.question))
+            return subject.model, subject.samples(self.data, count, self.question)
 
         return lambda: opened(own=True), lambda: opened(own=False)
 

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
 from llava_patch.core import plotting
 from llava_patch.core.errors import SettingError
 from llava_patch.measurements.base import Result, Table, decode, default_split, drawn, encode
 from llava_patch.measurements.flops import count
 from llava_patch.measurements.flops.count import Flops, Mode, Prompt
-from llava_patch.measurements.flops.shape import ModelShape
+from llava_patch.measurements.flops.shape import ModelShape, shape_of
+from llava_patch.patching.handle import get_handle
 from llava_patch.routing.pruning import Pruning
 from llava_patch.settings.methods import FastV, Routing, from_dict, to_dict
 
@@ -178,28 +181,36 @@ def _unit(value: float) -> tuple[float, str]:
 
 
 def measure_flops(
-    shape: ModelShape,
-    prompts: Sequence[Prompt] = (Prompt(),),
+    shape: ModelShape | nn.Module,
+    prompts: Sequence[Prompt] | None = None,
     split: int | None = None,
     fusion_layers: int | tuple[int, ...] = 1,
     side_layers: int = 1,
-    own: tuple[Routing | None, Pruning | None] = (None, None),
+    own: tuple[Routing | None, Pruning | None] | None = None,
     value_bytes: int = 2,
 ) -> FlopsResult:
     """FLOPs of the stock model and every variant.
 
     Args:
-        shape: the model's sizes: `shape.shape_of(model)`, `shape.named("7b")`, or `shape.read_shape(checkpoint)`.
-        prompts: what each table is for.
+        shape: a model of either host, stock or patched, or the sizes of one: `shape.named("7b")`,
+            `shape.read_shape(checkpoint)`.
+        prompts: what each table is for; None: one image of the model, and 64 text tokens.
         split: first routed layer; None: that of `own`, else 18/32 of the depth (the paper's 7B).
         fusion_layers: of LF's row: a count, or layer numbers.
         side_layers: depth of the side branch.
-        own: routing and pruning that get a row of their own.
+        own: routing and pruning that get a row of their own; None: those of a patched model.
         value_bytes: of one number in the KV cache: 2 in half precision.
 
     Raises:
         SettingError: a split, or layers, that the model cannot take.
+        HostError: a model, or a vision tower, that is not known.
     """
+    if not isinstance(shape, ModelShape):
+        handle = get_handle(shape)
+        own = (handle.routing, handle.pruning) if own is None and handle is not None else own
+        shape = shape_of(shape)
+    prompts = [Prompt(image=shape.projected)] if prompts is None else prompts
+    own = (None, None) if own is None else own
     depth = shape.decoder.layers
     routing, pruning = own
     if split is None:
