@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from llava_patch.cli import evidence, measure, rprobe, tools
+from llava_patch.cli import demo, evidence, measure, rprobe, tools
 from llava_patch.cli.common import PANEL
 from llava_patch.cli.rprobe import compare, data, run  # noqa: F401 - they join `app`
 from llava_patch.core import registry
@@ -24,6 +24,7 @@ for name in registry.MEASUREMENTS:
 app.command("doctor")(tools.doctor_command)
 app.command("inspect", no_args_is_help=True)(tools.inspect_command)
 app.command("bench")(tools.bench)
+app.command("demo", no_args_is_help=True)(demo.demo)
 app.command("evidence")(evidence.evidence)
 app.command("sweep", no_args_is_help=True)(tools.sweep_command)
 app.command("convert", no_args_is_help=True)(tools.convert_command)

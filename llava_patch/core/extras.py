@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_patch.core.errors import MissingExtraError
 
-EXTRAS = {"figures": "matplotlib", "report": "jinja2", "probe": "scipy", "data": "datasets"}
+EXTRAS = {"figures": "matplotlib", "report": "jinja2", "probe": "scipy", "data": "datasets", "demo": "gradio"}
 """The package that each extra of pyproject.toml is there for."""
 
 

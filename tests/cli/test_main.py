@@ -48,7 +48,7 @@ def test_every_job_is_a_subcommand():
     shown = runner.invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     for name in (
         "doctor", "inspect", "report", "saturation", "gradients", "attention-maps", "drift", "fusion-attention",
-        "reach", "flops", "rprobe", "correlate", "bench", "evidence", "sweep", "merge", "convert", "gin-files",
+        "reach", "flops", "rprobe", "correlate", "bench", "demo", "evidence", "sweep", "merge", "convert", "gin-files",
     ):  # fmt: skip
         assert f" {name} " in shown
     done = runner.invoke(app, ["correlate", "a.json"])

@@ -68,11 +68,11 @@ def measure_attention_maps(
         for sample in files.track(samples, f"attention maps of {checkpoint}", progress):
             if settings.max_samples is not None and len(found) >= settings.max_samples:
                 break
-            pixels, part = _pixels_of(anatomy, sample)
+            pixels, part = pixels_of(anatomy, sample)
             found.append(_map_of(anatomy, pixels, settings).tolist())
             labels.append(next(names, f"image {len(found)}"))
             if len(views) < ROWS:
-                views.append(_view(anatomy, pixels[0], image_processor))
+                views.append(view(anatomy, pixels[0], image_processor))
     if not found:
         raise InputError("no image to draw attention maps of")
     query = maps.CLS if tower_attention.has_cls(anatomy.vision_model, tower) else maps.MEAN
@@ -80,7 +80,7 @@ def measure_attention_maps(
     return maps.AttentionMapsResult(labels, [one], settings)
 
 
-def _pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
+def pixels_of(anatomy: Anatomy, sample: dict[str, Any]) -> tuple[Tensor, str]:
     """The pixels that the tower sees, [1, 3, height, width], and what of the image they are: `WHOLE` or `OVERVIEW`."""
     pixels = anatomy.pixels_of(sample)
     if pixels is None or len(pixels) != 1:
@@ -117,7 +117,7 @@ def _map_of(anatomy: Anatomy, pixels: Tensor, settings: maps.AttentionMaps) -> T
     return scores.reshape(rows, columns).cpu()
 
 
-def _view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> maps.View:
+def view(anatomy: Anatomy, pixels: Tensor, processor: Any) -> maps.View:
     """The image in 8 bits, cut to what the patches cover; without a processor's numbers stretched to its range."""
     image = pixels.float().cpu()
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
