@@ -132,7 +132,7 @@ def markdown(values: dict[str, Any]) -> str:
                 for state in ("failed", "skipped"):
                     for reason in dict.fromkeys(cell[state].values()):
                         times = list(cell[state].values()).count(reason)
-                        lines.append(f"  - {state} ({times}): {reason}")
+                        lines.append(f"    - {state} ({times}): {reason}")
         lines.append("")
     if values.get("exchange"):
         lines += [f"## Checkpoints written on one stack, opened on another ({values['exchange']['date']})", ""]

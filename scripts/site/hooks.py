@@ -8,7 +8,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-SHOWN = {**PAGES, "llava_patch/routing/reference.py": "methods.md"}
+REFERENCES = (ROOT / "llava_patch" / "routing").glob("reference*.py")
+SHOWN = {**PAGES, **{path.relative_to(ROOT).as_posix(): "methods.md" for path in REFERENCES}}
 """Files of the checkout that pages link to, and the page of the site that has what is in them."""
 
 
