@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "DeepStack": "llava_patch.fusion.deep_stack:DeepStack",
     "Routing": "llava_patch.settings.routing:Routing",
     "FastV": "llava_patch.routing.fastv:FastV",
+    "PyramidDrop": "llava_patch.routing.pyramid_drop:PyramidDrop",
     "VisionZip": "llava_patch.routing.vision_zip:VisionZip",
     "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
 }

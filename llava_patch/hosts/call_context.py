@@ -38,8 +38,8 @@ class CallContext:
     read: Tensor | None = None  # bool [batch, tokens], positions whose next label counts; None when there are no labels
     # How many of the last positions the caller reads (`logits_to_keep`, generation); None: any may be read.
     suffix: int | None = None
-    # bool [batch, tokens], positions that survive pruning, when that was decided before (in the vision tower, or in an
-    # earlier call); None: choose.
+    # [batch, tokens], positions that survive pruning (bool), or how many of its stages each passes (int64), when that
+    # was decided before (in the vision tower, or in an earlier call); None: choose.
     kept: Tensor | None = None
     ahead: int = 0  # how many of the tokens are guesses behind the prompt (assisted decoding)
     generating: bool = False  # whether `generate` makes this call
@@ -224,15 +224,16 @@ def placed(anatomy: Anatomy, image_mask: Tensor | None, kept: Tensor | None = No
     """Tell the decoder the image positions of the call in this block, for embeddings that were merged by hand.
 
     `image_mask` is bool [batch, tokens] of that call, or of the whole conversation up to its end (None: as the host
-    says); `kept` is of the same shape, positions that survive pruning (None: choose). InputError: not a mask, or a
-    block in which the model was not called.
+    says); `kept` is of the same shape, positions that survive pruning, or, int64, how many of its stages each passes
+    (None: choose). InputError: not a mask, or a block in which the model was not called.
     """
     for name, mask in (("image_mask", image_mask), ("kept", kept)):
         if mask is not None and not isinstance(mask, Tensor):
             raise InputError(
                 f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {type(mask).__name__}"
             )
-        if mask is not None and (mask.ndim != 2 or mask.dtype != torch.bool):
+        counts = name == "kept" and mask is not None and mask.dtype == torch.int64  # stages passed, see `Pruning`
+        if mask is not None and (mask.ndim != 2 or not (counts or mask.dtype == torch.bool)):
             raise InputError(
                 f"image_positions({name}=...): expected a bool tensor [batch, tokens], got {mask.dtype} "
                 f"{list(mask.shape)}"
@@ -335,13 +336,15 @@ def _contradicts(asked: Tensor, known: Tensor) -> bool:
 
 
 def _longer(mask: Tensor, tokens: int, value: bool) -> Tensor:
-    return torch.nn.functional.pad(mask, (0, max(0, tokens - mask.shape[1])), value=value)
+    """More tokens behind, of which a mask says `value`; they pass every stage of a pruning."""
+    more = value if mask.dtype == torch.bool else torch.iinfo(mask.dtype).max
+    return torch.nn.functional.pad(mask, (0, max(0, tokens - mask.shape[1])), value=more)
 
 
 def remember_chosen(anatomy: Anatomy, prompt: Tensor, kept: Tensor) -> None:
     """Within one generation pruning chooses once, also where each step recomputes the prompt (use_cache=False).
 
-    The choice `kept`, bool [batch, tokens], was made for the embeddings `prompt`, [batch, tokens, hidden].
+    The choice `kept` (see `CallContext`) was made for the embeddings `prompt`, [batch, tokens, hidden].
     """
     call = current(anatomy)
     if call is not None and call.waiting.generating and call.waiting.chosen is None:

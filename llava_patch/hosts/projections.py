@@ -63,13 +63,15 @@ def _heads(attention: Any, kind: str, states: Tensor, rotary: tuple[Tensor, Tens
     return rotate(heads, *compat.as_read(attention, rotary, heads))
 
 
-def attention_of_query(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
-    """Attention probabilities of one query a sample, mean over heads: float32 [batch, keys].
+def attention_of_queries(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """Attention probabilities of some queries of a sample, mean over heads: float32 [batch, queries, keys].
 
-    `query` is [batch, heads, 1, head_dim], `key` [batch, key_value_heads, keys, head_dim], whose heads divide the
-    query's (grouped-query attention), `allowed` bool [batch, keys]; `scaling` is the factor on q.k before the softmax.
+    `query` is [batch, heads, queries, head_dim], `key` [batch, key_value_heads, keys, head_dim], whose heads divide the
+    query's (grouped-query attention), `allowed` bool [batch, queries, keys]; `scaling` is the factor on q.k before the
+    softmax.
     """
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(-2)  # [batch, key_value_heads, groups, head_dim]
+    groups = query.shape[1] // key.shape[1]
+    grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)  # [batch, key_value_heads, groups * queries, head_dim]
     scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling
-    scores = scores.masked_fill(~allowed[:, None, None], float("-inf"))
+    scores = scores.unflatten(2, (groups, -1)).masked_fill(~allowed[:, None, None], float("-inf"))
     return scores.softmax(-1).mean(dim=(1, 2))

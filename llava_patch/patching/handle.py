@@ -175,7 +175,8 @@ class Handle:
 
         Args:
             image_mask: bool [batch, tokens] of the next call's tokens, or of all tokens so far; None: as the host says.
-            kept: bool of the same shape, positions that pruning keeps, to repeat an earlier choice; None: choose.
+            kept: what pruning keeps, to repeat an earlier choice, as `cache.kept()` gives it: bool of the same shape,
+                or int64, how many stages each position passes, where it has several. None: choose.
 
         Returns:
             A context manager for one call of the model.

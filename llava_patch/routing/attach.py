@@ -16,6 +16,7 @@ from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.routing import side_branch, tower_hooks
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.forward import RoutedForward
+from llava_patch.routing.pruning import Pruning
 from llava_patch.routing.schedule import LayerMode, LayerSchedule, make_schedule
 from llava_patch.routing.tower_pruning import TowerPruning
 from llava_patch.settings.routing import AUTO, Routing
@@ -118,7 +119,12 @@ class RoutingMethod(Method):
 class PruningMethod(Method):
     """Pruning of image tokens on a model; `routing.attach.attach` applies the schedule that says which layer prunes."""
 
+    settings: Pruning
     calls_decoder_layers = True
+
+    def refused_when_partitioned(self) -> str | None:
+        """A pruning that reads a layer's weights before it runs, when they are in parts."""
+        return self.name if self.settings.READS_NEXT else None
 
     def check_together(self, others: Mapping[str, Any]) -> None:
         """Refuse fusions that a pruning by the vision tower cannot look at."""

@@ -16,10 +16,15 @@ from transformers.cache_utils import DynamicCache
 from llava_patch.core.errors import InputError
 from llava_patch.hosts import compat
 from llava_patch.hosts.compat.dynamic_cache import Base
-from llava_patch.routing.plan import KeyPositions, PositionSet
+from llava_patch.routing.plan import KeyPositions, PositionSet, passed
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
-FULL, KEPT, TEXT = "full", "kept", "text"
+FULL, TEXT = "full", "text"
+
+
+def kept_after(stage: int) -> str:
+    """The name of the positions that pruning has left after a stage."""
+    return f"kept {stage}"
 
 
 @dataclass
@@ -46,7 +51,7 @@ class RoutedCache(Base):
     running: bool  # whether a routed call is under way; nothing else may add keys
     length: int  # positions seen so far, whether or not a layer holds them; what `get_seq_length()` returns
     image_end: int  # first position behind the last image
-    # The positions that layers of each kind hold ("full": every one, "kept": all but pruned, "text").
+    # The positions that layers of each kind hold ("full": every one, `kept_after`: all but pruned, "text").
     streams: dict[str, KeyPositions]
     side: SideMemory | None  # what the side branch has seen, or None
 
@@ -75,8 +80,8 @@ class RoutedCache(Base):
         routed.schedule, routed.running = schedule, False
         routed.length, routed.image_end, routed.side = length, 0, None
         so_far = PositionSet.run(0, length, batch, device, valid)
-        there = {FULL: True, KEPT: schedule.prune_at is not None, TEXT: LayerMode.TEXT in schedule.modes}
-        routed.streams = {name: KeyPositions(so_far) for name, held in there.items() if held}
+        names = [FULL, *map(kept_after, schedule.stages.values()), *[TEXT] * (LayerMode.TEXT in schedule.modes)]
+        routed.streams = {name: KeyPositions(so_far) for name in names}
         return routed
 
     @classmethod
@@ -132,11 +137,12 @@ class RoutedCache(Base):
         return held
 
     def kept(self) -> Tensor:
-        """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned."""
-        places = self.streams.get(KEPT, self.streams[FULL]).places
-        mask = torch.zeros(len(places.index), self.length + 1, dtype=torch.bool, device=places.index.device)
-        index = places.index if places.valid is None else places.index.where(places.valid, self.length)
-        return mask.scatter_(1, index, True)[:, :-1]
+        """Positions that pruning has left: bool [batch, length]; all valid ones where nothing is pruned.
+
+        Of a pruning with several stages, int64 [batch, length]: how many of them each position has passed.
+        """
+        names = [kept_after(stage) for stage in self.schedule.stages.values()] or [FULL]
+        return passed([self.streams[name].places.mask(self.length) for name in names])
 
     def remember_side(self, states: Tensor, position_ids: Tensor, places: PositionSet) -> SideMemory:
         """Note what the side branch sees in this call, shaped as in `SideMemory`; returns all that it has seen."""

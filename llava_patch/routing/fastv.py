@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_patch.routing.pruning import COUNTS, Pruning, tokens_left
+from llava_patch.routing.pruning import COUNTS, OneStage, Seen, tokens_left
 from llava_patch.settings.checks import choice
 
 if TYPE_CHECKING:
@@ -14,13 +13,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FastV(Pruning):
+class FastV(OneStage):
     """FastV: image tokens that the prompt's last token hardly looks at leave the decoder for good.
 
     Source: "An Image is Worth 1/2 Tokens After Layer 2" (FastV), section 4. Before layer k, each sample keeps the
     ceil((1 - r) * n) of its n image tokens that have the highest attention from the last prompt token at layer k-1,
     mean over heads; in a prompt of chunks, from the last token of the image's chunk. Settings and the rest (ties,
-    positions that are read, what becomes of a token that left) are those of every `Pruning`.
+    positions that are read, what becomes of a token that left) are those of every `OneStage` pruning.
 
     Published code does not agree on what becomes of a share that is no whole number; it is one token of a sample.
 
@@ -37,11 +36,11 @@ class FastV(Pruning):
         super().__post_init__()
         choice("FastV", "count", self.count, COUNTS)
 
-    def scores(self, image_mask: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+    def scores(self, seen: Seen) -> Tensor:
         """The attention itself, float32 [batch, tokens]."""
-        return attention()
+        return seen.attention()
 
-    def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
+    def keep_counts(self, stage: int, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
         """As every pruning counts, but by the rule that `count` names."""
         left = (tokens_left(1 - self.ratio, n, self.count) for n in images)
         return tuple(map(max, left, protected))

@@ -231,6 +231,13 @@ class RoutedForward:
         if context.kept is not None:
             if not prunes:
                 raise InputError("image_positions(kept=...): this model prunes nothing")
+            stages = len(self.schedule.stages)
+            if (context.kept.dtype == torch.bool) != (stages == 1):
+                raise InputError(
+                    f"image_positions(kept=...): this model prunes in {stages} stage{'s' * (stages > 1)}: give "
+                    + ("bool" if stages == 1 else "int64, how many of them each position passes,")
+                    + " [batch, tokens], as cache.kept() does"
+                )
             call.kept = _fit("kept positions", context.kept, call)
 
 

@@ -168,20 +168,26 @@ def prime(states: Tensor, layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def attention_of_last(
-    layer: Any, states: Tensor, last: Tensor, rotary: tuple[Tensor, Tensor], key: Tensor | None, allowed: Tensor
-) -> Tensor:
-    """Attention of each sample's last prompt token at a layer, mean over heads: float32 [batch, tokens].
+def attention_of(
+    layer: Any, states: Tensor, raters: PositionSet, rotary: Rotary, held: Tensor | None, allowed: Tensor,
+    *, ahead: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of some tokens of each sample at a layer, mean over heads and these: float32 [batch, tokens].
 
-    `states` [batch, tokens, hidden] is the layer's input, `last` int64 [batch] the column of that token, `rotary` (cos,
-    sin) of the tokens, each [batch or 1, tokens, head_dim]. `key` [batch, key_value_heads, keys, head_dim] are the keys
-    that its cache holds, those of `states` last (None: `states` give all of them), `allowed` bool [batch, keys] what
-    the token may see.
+    `states` [batch, tokens, hidden] is the layer's input, `raters` which columns of it ask, `rotary` (cos, sin) of the
+    tokens, each [batch or 1, tokens, head_dim]. `held` [batch, key_value_heads, keys, head_dim] are the keys that the
+    layer's cache holds (None: no cache), those of `states` last, or, where the layer is yet to run (`ahead`), not at
+    all. `allowed` is bool [batch, raters, keys], what each may see; those that are padding count for nothing.
     """
-    at = PositionSet(last[:, None], None)
-    query = projections.queries(layer, at.take(states), at.take_rotary(rotary))
-    if key is None or zero.is_partitioned(layer.parameters()):  # a rank without an image has no cache to read
+    query = projections.queries(layer, raters.take(states), raters.take_rotary(rotary))
+    key = held
+    if held is None or ahead or zero.is_partitioned(layer.parameters()):  # a rank without an image has no cache to read
         own = projections.keys(layer, states, rotary)
-        key = own if key is None else key
-    attention = projections.attention_of_query(query, key, allowed, compat.scaling(layer.self_attn))
-    return attention[:, attention.shape[1] - states.shape[1] :]
+        key = own if held is None else torch.cat([held, own], dim=2) if ahead else held
+    assert key is not None
+    attention = projections.attention_of_queries(query, key, allowed, compat.scaling(layer.self_attn))
+    attention = attention[:, :, attention.shape[2] - states.shape[1] :]
+    if raters.valid is None:
+        return attention.mean(1)
+    valid = raters.valid[:, :, None].to(attention.device)
+    return attention.masked_fill(~valid, 0).sum(1) / valid.sum(1)

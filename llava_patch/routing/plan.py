@@ -43,6 +43,12 @@ class PositionSet:
         """`valid`, spelled out: bool [batch, n]."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
+    def mask(self, tokens: int) -> Tensor:
+        """Which of the sequence's positions are these: bool [batch, tokens]."""
+        index = self.index if self.valid is None else self.index.where(self.valid, tokens)
+        mask = torch.zeros(len(index), tokens + 1, dtype=torch.bool, device=index.device)
+        return mask.scatter_(1, index, True)[:, :-1]
+
     def joined(self, later: "PositionSet") -> "PositionSet":
         """These places and then the later ones."""
         valid = None
@@ -188,6 +194,14 @@ def positions(mask: Tensor, counts: tuple[int, ...]) -> PositionSet:
         return PositionSet(index, None)
     places = torch.arange(n, device=mask.device)[None]
     return PositionSet(index, places >= n - mask.sum(1, keepdim=True))
+
+
+def passed(masks: list[Tensor]) -> Tensor:
+    """How many stages of a pruning each position has passed: int64 [batch, tokens], but of one stage its mask, bool.
+
+    `masks` are bool [batch, tokens], what each stage has left.
+    """
+    return masks[0] if len(masks) == 1 else torch.stack(masks).sum(0)
 
 
 def put_back(base: Tensor, kept: PositionSet, states: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Every routing variant and FastV written down plainly: one sample at a time, no cache, no batch, no backend.
+"""Every routing variant and pruning written down plainly: one sample at a time, no cache, no batch, no backend.
 
 Read this first. `final_states` is the definition; the package's own pass (`schedule`, `routed_pass`) does the same for
 ragged batches, with a cache and without the work that nobody reads, and the tests hold it to this.
 
 Source: "Late-Layer Fusion is Enough" (DPVR), section 3, for lf, pc, kv and ideal; "Boosting Multimodal LLMs with Visual
-Tokens Withdrawal" for vtw; "An Image is Worth 1/2 Tokens After Layer 2", section 4, for FastV.
+Tokens Withdrawal" for vtw; for prunings the sources that their classes name.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.settings.methods import FastV, PyramidDrop, Routing
 
 
 def final_states(
@@ -23,7 +23,7 @@ def final_states(
     embeds: Tensor,
     image: Tensor,
     routing: Routing | None = None,
-    pruning: FastV | None = None,
+    pruning: FastV | PyramidDrop | None = None,
     choice: Tensor | None = None,
     there: Tensor | None = None,
 ) -> Tensor:
@@ -35,7 +35,7 @@ def final_states(
         image: bool [tokens].
         routing: settings, the split as a number; None: every layer sees every position.
         pruning: settings, or None.
-        choice: bool [tokens], what pruning kept, when it was decided elsewhere.
+        choice: what pruning kept, when it was decided elsewhere: bool [tokens], or int64, how many stages each passed.
         there: bool [tokens], what a pruning by the vision tower (`reference_tower`) has left; None: everything.
 
     Returns:
@@ -53,9 +53,10 @@ def final_states(
     for number, layer in enumerate(layers):
         if variant in ("pc", "kv") and number > split:  # whatever the layer before made of them
             x[alive & image] = side[alive & image]
-        if pruning is not None and number == pruning.layer and pruning.ratio > 0 and image.any():
-            kept = fastv(decoder, layers[number - 1], before, image, alive, pruning)
-            alive = kept if choice is None else choice
+        if pruning is not None and number in pruning.stages and image.any():
+            stage = pruning.stages.index(number)
+            kept = prune(decoder, number, before, x, image, alive, pruning)
+            alive = kept if choice is None else choice > stage
         if number == split:
             side = x.clone()
             rows = place[alive & image]
@@ -83,21 +84,34 @@ def _late_fusion_layers(routing: Routing | None, n_layers: int) -> tuple[int, ..
     return k if isinstance(k, tuple) else tuple(range(n_layers - k, n_layers))
 
 
-def fastv(decoder: Any, layer: Any, before: Tensor, image: Tensor, alive: Tensor, pruning: FastV) -> Tensor:
-    """What FastV keeps: the ceil((1 - r) * n) image tokens that the last token looks at most; lower places win ties.
+def prune(
+    decoder: Any, k: int, before: Tensor, x: Tensor, image: Tensor, alive: Tensor, pruning: FastV | PyramidDrop
+) -> Tensor:
+    """What a pruning keeps before layer k: the image tokens that the last token looks at most; lower places win ties.
 
-    The last token's attention is read at `layer` k-1, mean over heads, from its input `before` [tokens, hidden];
-    `image` and `alive` are bool [tokens], as is the choice. The last token stays, which generation reads.
+    The last token's attention, mean over heads, is read by FastV at layer k-1, from its input `before` [tokens,
+    hidden], and by PyramidDrop at layer k, from its input `x`; `image` and `alive`, what earlier stages have left, are
+    bool [tokens], as is the choice. The last token stays, which generation reads.
     """
-    place, last = torch.arange(len(before)), len(before) - 1
-    rows = place[alive]
-    attention = probabilities(decoder, layer, before[-1:], place[-1:], before[rows], rows).mean(0)[0]
-    share = (1 - Fraction(pruning.ratio).limit_denominator(10**6)) * int(image.sum())
-    wanted = math.ceil(share) if pruning.count == "ceil" else round(share) if pruning.count == "round" else int(share)
-    scores = [(-(math.inf if i == last else float(attention[i])), i) for i in place[image].tolist()]
-    kept = ~image
-    kept[[i for _, i in sorted(scores)[: max(wanted, int(image[-1]))]]] = True
+    place = torch.arange(len(x))
+    rows, last = place[alive], place[-1:]
+    layer, states = (decoder.layers[k - 1], before) if isinstance(pruning, FastV) else (decoder.layers[k], x)
+    attention = probabilities(decoder, layer, states[last], last, states[rows], rows).mean(0)[0]
+    score = torch.zeros(len(x)).index_copy(0, rows, attention).tolist()
+    score[-1] = math.inf
+    best = sorted(place[alive & image].tolist(), key=lambda i: (-score[i], i))
+    kept = alive & ~image
+    kept[best[: max(left(pruning, k, int(image.sum())), int(image[-1]))]] = True
     return kept
+
+
+def left(pruning: FastV | PyramidDrop, k: int, n: int) -> int:
+    """How many of n image tokens a pruning leaves from layer k on; 0.3 is 3/10, which it is not in floating point."""
+    keep = 1 - pruning.ratio if isinstance(pruning, FastV) else pruning.keep[pruning.layers.index(k)]
+    if isinstance(keep, int):
+        return min(keep, n)
+    share = Fraction(keep).limit_denominator(10**6) * n
+    return math.ceil(share) if pruning.count == "ceil" else round(share) if pruning.count == "round" else int(share)
 
 
 def run_layer(decoder: Any, layer: Any, asking: Tensor, at: Tensor, giving: Tensor, where: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ on the image positions, the deep layers as the variant has it (`schedule`); prun
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,10 +19,19 @@ from llava_patch.hosts import call_context, compat, projections, zero
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.call_context import CallContext
 from llava_patch.routing import side_branch
-from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache
-from llava_patch.routing.layers import Stream, attention_of_last, call_with_keys, observer, prime, trains
-from llava_patch.routing.plan import Counts, KeyPositions, PositionSet, RoutingPlan, make_plan, positions, put_back
-from llava_patch.routing.pruning import choose_kept
+from llava_patch.routing.cache import FULL, TEXT, RoutedCache, kept_after
+from llava_patch.routing.layers import Stream, attention_of, call_with_keys, observer, prime, trains
+from llava_patch.routing.plan import (
+    Counts,
+    KeyPositions,
+    PositionSet,
+    RoutingPlan,
+    make_plan,
+    passed,
+    positions,
+    put_back,
+)
+from llava_patch.routing.pruning import Seen, choose_kept
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 
@@ -76,8 +86,12 @@ class RoutedPass:
         self.schedule = schedule
         self.call = call
         self.config = self.decoder.config
-        prunes = schedule.pruning is not None and (schedule.pruning.training or not self.decoder.training)
-        self.prune_at = schedule.prune_at if prunes else None
+        pruning = schedule.pruning
+        prunes = pruning is not None and (pruning.training or not self.decoder.training)
+        self.stages = schedule.stages if prunes else {}  # layers before which pruning drops something
+        reads = pruning is not None and pruning.USES_ATTENTION and not pruning.READS_NEXT
+        # Layers whose attention says what is dropped before the next one.
+        self.read = {layer - 1 for layer in self.stages} if reads else set()
         window = compat.sliding_window(self.config)
         self.windowed = window is not None and call.seen + call.queries > window
         self.observer = observer()
@@ -90,8 +104,10 @@ class RoutedPass:
         self.image: Tensor | None = None
         self.side: Tensor | None = None  # the side branch's output, which `image` is until a layer changes it
         self.zero: Tensor | None = None  # joins where a batch with an image first reads the side branch
-        self.entered: Tensor | None = None  # what the layer before pruning got
-        self.attention: Tensor | None = None  # of the last prompt token there, where it was taken on the way
+        self.entered: Tensor | None = None  # what the layer whose attention is read got
+        self.attention: Tensor | None = None  # of the raters there, where it was taken on the way
+        self.raters: PositionSet | None = None  # whose attention counts, as columns of this call
+        self.left: list[Tensor] = []  # without a cache: bool [batch, tokens], what each stage of pruning has left
         self.left_with: Tensor | None = None  # states that pruned positions left with
         self.text_mask: Tensor | None = None  # of a layer that text asks and whose keys are all that is left
 
@@ -117,7 +133,7 @@ class RoutedPass:
             self._open(call.embeds if keep_graph else call.embeds.detach())
             for number in range(split):
                 self._layer(number)
-            if split == self.prune_at:
+            if split in self.stages:
                 self._prune(split)
         if split < end:
             self._part_streams()
@@ -145,11 +161,11 @@ class RoutedPass:
 
     def _layer(self, number: int) -> None:
         mode = self.schedule.modes[number]
-        if number == self.prune_at and number != self.schedule.split:  # at the split it has been done
+        if number in self.stages and number != self.schedule.split:  # at the split it has been done
             self._prune(number)
         if self.call.stacked is not None and number in self.schedule.injections:
             self._inject(number)
-        if number + 1 != self.prune_at:
+        if number not in self.read:
             self._run(number, mode)
             return
         self.entered = self._whole(number)
@@ -372,55 +388,111 @@ class RoutedPass:
         return side_branch.run(self.anatomy, states, stream)[:, -new:]
 
     def _prune(self, number: int) -> None:
-        """Drop what pruning does not keep, before layer `number`."""
+        """Drop what a stage of pruning does not keep, before layer `number`."""
         was_side, self.side = self.image is self.side, None  # pruning is no layer that reads it
         hidden, self.text, self.text_mask = self._whole(number), None, None
+        name = kept_after(self.stages[number])
         if self.image_mask is None or self.counts is None:  # nothing to prune, but the layers' keys are their own
-            self.main_stream = self._stream(KEPT, None, hidden)
+            self.main_stream = self._stream(name, None, hidden)
             return
-        kept = self._choose()
-        self.main = positions(kept, tuple(a + b for a, b in zip(self.counts.image, self.counts.text, strict=True)))
+        kept, before = self._choose(number, hidden), self.main
+        chosen = positions(kept, tuple(a + b for a, b in zip(self.counts.image, self.counts.text, strict=True)))
         if not self.call.reads_only_suffix:
-            self.left_with = hidden
-        self.image_mask = self.image_mask.gather(1, self.main.index)
-        if self.main.valid is not None:
-            self.image_mask = self.image_mask & self.main.valid
-        self.main_stream = self._stream(KEPT, self.main, hidden)
-        self.merged = self.main.take(hidden)
+            self.left_with = (
+                hidden if self.left_with is None or before is None else put_back(self.left_with, before, hidden)
+            )
+        self.main = self._columns(chosen)
+        self.image_mask = self.image_mask.gather(1, chosen.index)
+        if chosen.valid is not None:
+            self.image_mask = self.image_mask & chosen.valid
+        self.main_stream = self._stream(name, self.main, hidden)
+        self.merged = chosen.take(hidden)
         if self.plan is not None:  # the text positions, and so the text stream, stay as they are
-            self.plan = make_plan(self.image_mask, self.main.valid, self.counts)
+            self.plan = make_plan(self.image_mask, chosen.valid, self.counts)
             self._text()
             self.side = self.image if was_side else None
+        if self.call.cache is None and self.call.kept is None:  # with a cache the prompt does not come again
+            self.left.append(self.main.mask(self.call.queries))
+            if len(self.left) == len(self.stages):
+                call_context.remember_chosen(self.anatomy, self.call.embeds, passed(self.left))
 
-    def _choose(self) -> Tensor:
-        """What goes on to the layers above: bool [batch, tokens]; chosen before, or now (`pruning`)."""
-        call, image_mask, counts = self.call, self.image_mask, self.counts
-        assert image_mask is not None and counts is not None
-        valid = torch.ones_like(image_mask) if call.valid is None else call.valid
+    def _choose(self, number: int, hidden: Tensor) -> Tensor:
+        """What of the main positions goes on to layer `number`: bool [batch, positions]; chosen before, or now."""
+        call, image_mask, pruning, stage = self.call, self.image_mask, self.schedule.pruning, self.stages[number]
+        assert image_mask is not None and call.counts is not None and pruning is not None and self.counts is not None
+        valid = call.valid if self.main is None else self.main.valid
+        valid = torch.ones_like(image_mask) if valid is None else valid
+        protected = None if call.protected is None else self._at_main(call.protected)
         if call.kept is not None:
-            kept = (call.kept if call.protected is None else call.kept | call.protected) & valid
-            self.counts = Counts.of(image_mask & kept, kept, call.suffix or 1)
+            kept = self._at_main(call.kept) > stage
+            kept = (kept if protected is None else kept | protected) & valid
+            self.counts = Counts.of(image_mask & kept, kept)
             return kept
-        pruning = self.schedule.pruning
-        assert pruning is not None
-        keep = pruning.keep_counts(counts.image, counts.protected)
-        scores = pruning.scores(image_mask, self._attention)
-        kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, call.protected))
-        self.entered, self.attention, self.counts = None, None, replace(counts, image=keep)
-        if call.cache is None:  # with a cache the prompt does not come again
-            call_context.remember_chosen(self.anatomy, call.embeds, kept)
+        keep = pruning.keep_counts(stage, call.counts.image, call.counts.protected)
+        scores = pruning.scores(Seen(image_mask, functools.partial(self._attention, number, hidden)))
+        kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, protected))
+        self.entered, self.attention, self.counts = None, None, replace(self.counts, image=keep)
         return kept
 
-    def _attention(self) -> Tensor:
-        """Attention of the last prompt token at the layer before pruning: float32 [batch, tokens]."""
+    def _at_main(self, mask: Tensor) -> Tensor:
+        """A mask [batch, tokens] of this call at the main positions; what it says at their padding is not meant."""
+        return mask if self.main is None else mask.gather(1, self.main.index)
+
+    def _attention(self, number: int, hidden: Tensor) -> Tensor:
+        """Attention of the raters that says what is dropped before layer `number`: float32 [batch, main positions].
+
+        `hidden` [batch, main positions, hidden] is that layer's input.
+        """
         if self.attention is not None:
             return self.attention
-        call, keys, last = self.call, self.full.keys.places, self.call.last_index()
-        assert self.prune_at is not None and self.entered is not None
-        number = self.prune_at - 1
-        allowed = compat.visible(self.config, (last + call.seen)[:, None], keys.index, keys.valid)[:, 0]
-        cached = None if call.cache is None else call.cache.layers[number].keys
-        return attention_of_last(self.layers[number], self.entered, last, self.rotary, cached, allowed)
+        call, pruning, columns, stream = self.call, self.schedule.pruning, self._raters(), self.main_stream
+        assert pruning is not None
+        ahead = pruning.READS_NEXT
+        read, states = (number, hidden) if ahead else (number - 1, self.entered)
+        assert states is not None
+        keys, held = stream.keys.places, None
+        if ahead:
+            new = (
+                PositionSet.run(0, call.queries, len(hidden), hidden.device, call.valid)
+                if self.main is None
+                else self.main
+            )
+            keys = new.shifted(call.seen)
+        if call.cache is not None:
+            layers = call.cache.layers
+            if read < len(layers) and isinstance(layers[read].keys, Tensor):
+                held = layers[read].keys
+                if ahead:
+                    keys = call.cache.streams[kept_after(self.stages[number])].places.joined(keys)
+        allowed = compat.visible(self.config, columns.index + call.seen, keys.index, keys.valid)
+        rows = replace(columns, index=self._rows(columns.index))
+        return attention_of(self.layers[read], states, rows, stream.rotary, held, allowed, ahead=ahead)
+
+    def _raters(self) -> PositionSet:
+        """Whose attention counts, as columns of this call: those that the pruning names, or the last prompt token."""
+        if self.raters is not None:
+            return self.raters
+        call, pruning, last = self.call, self.schedule.pruning, self.call.last_index()[:, None]
+        assert pruning is not None
+        mask, columns = None, torch.arange(call.queries, device=last.device)[None]
+        if call.image_mask is not None:
+            text_mask = ~call.image_mask & (columns <= last)
+            text_mask = text_mask if call.valid is None else text_mask & call.valid
+            mask = pruning.raters(call.embeds, call.image_mask, text_mask)
+        if mask is None:
+            self.raters = PositionSet(last, None)
+        else:
+            mask = mask | ((columns == last) & ~mask.any(1, keepdim=True))
+            self.raters = positions(mask, tuple(mask.sum(1).tolist()))
+        return self.raters
+
+    def _rows(self, columns: Tensor) -> Tensor:
+        """Rows of columns of this call among the main positions, int64 [batch, n]; of one that left, that before it."""
+        if self.main is None:
+            return columns
+        there = self.main.mask(self.call.queries).cumsum(1)
+        padding = len(self.main) - there[:, -1:]
+        return (there.gather(1, columns) - 1 + padding).clamp(min=0)
 
     @contextlib.contextmanager
     def _scores_taken_inside(self, number: int) -> Iterator[None]:
@@ -432,7 +504,9 @@ class RoutedPass:
 
         def take(*_: Any) -> None:
             hook.remove()  # checkpointing runs the layer again
-            self.attention = self._attention()
+            assert self.entered is not None
+            self.attention = None  # an earlier stage's, on a rank without an image
+            self.attention = self._attention(number + 1, self.entered)
 
         hook = attention.register_forward_hook(take)
         try:

@@ -57,9 +57,14 @@ class LayerSchedule:
     injections: tuple[int, ...] = ()  # DeepStack: layers whose input takes a tap, in the order of the taps
 
     @cached_property
+    def stages(self) -> dict[int, int]:
+        """The layers that see fewer image tokens than the one before, by pruning, each with its number among them."""
+        return {} if self.pruning is None else {layer: stage for stage, layer in enumerate(self.pruning.stages)}
+
+    @property
     def prune_at(self) -> int | None:
-        """First layer without the pruned tokens; None: nothing is pruned."""
-        return None if self.pruning is None else self.pruning.layer
+        """First layer without some of the pruned tokens; None: nothing is pruned."""
+        return next(iter(self.stages), None)
 
     @property
     def does_something(self) -> bool:
@@ -101,8 +106,11 @@ def make_schedule(
         last, why = n_layers - 1, f"this model has layers 0..{n_layers - 1}"
         if routing is not None and split < n_layers and routing.variant in ("lf", "ideal", "vtw"):
             last, why = split, f"{routing.variant} takes the image tokens out at layer {split}, so later there are none"
-        if pruning.layer > last:
-            raise SettingError(f"{type(pruning).__name__}.layer = {pruning.layer} is outside 1..{last}: {why}")
+        owner, late = type(pruning).__name__, [layer for layer in pruning.stages if layer > last]
+        if late and len(pruning.stages) == 1:
+            raise SettingError(f"{owner}.layer = {late[0]} is outside 1..{last}: {why}")
+        if late:
+            raise SettingError(f"{owner}.layers = {pruning.stages}: {late[0]} is outside 1..{last}: {why}")
     return LayerSchedule(n_layers, split, modes_of(routing, n_layers), side_layers, pruning, injections)
 
 

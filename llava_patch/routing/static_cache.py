@@ -15,18 +15,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava_patch.core.errors import InputError
 from llava_patch.hosts import compat
 from llava_patch.hosts.compat import static_cache
-from llava_patch.routing.cache import FULL, KEPT, TEXT, RoutedCache, cache_bytes
+from llava_patch.routing.cache import FULL, TEXT, RoutedCache, cache_bytes, kept_after
 from llava_patch.routing.plan import PositionSet
 from llava_patch.routing.schedule import LayerMode, LayerSchedule
 
 
 def stream_names(schedule: LayerSchedule) -> tuple[str, ...]:
     """The kind of positions that each layer holds, [L]."""
-    pruned = schedule.n_layers if schedule.prune_at is None else schedule.prune_at
-    return tuple(
-        TEXT if mode is LayerMode.TEXT else KEPT if number >= pruned else FULL
-        for number, mode in enumerate(schedule.modes)
-    )
+    names, here = [], FULL
+    for number, mode in enumerate(schedule.modes):
+        if number in schedule.stages:
+            here = kept_after(schedule.stages[number])
+        names.append(TEXT if mode is LayerMode.TEXT else here)
+    return tuple(names)
 
 
 @dataclass(eq=False)

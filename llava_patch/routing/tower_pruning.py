@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llava_patch.core.errors import InputError
+from llava_patch.routing.pruning import Pruning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,19 +43,14 @@ class TowerView:
         return (total / self.queries.shape[2]).mean(1)[:, self.first :]  # type: ignore[attr-defined, no-any-return]
 
 
-class TowerPruning:
+class TowerPruning(Pruning):
     """Before the decoder's first layer some image tokens leave, by what the vision tower computed.
 
     Order and position ids stay, and so does what is read, as in every pruning (`pruning.Pruning`). Images that are
     encoded outside of a call of the model are left as they are.
     """
 
-    KIND: ClassVar[str] = "pruning"
-    USES_ATTENTION: ClassVar[bool] = False  # of the decoder
     layer: ClassVar[int] = 0
-
-    training: bool
-    """Whether it prunes in training mode too."""
 
     @property
     def tokens(self) -> int:
@@ -74,7 +70,7 @@ class TowerPruning:
         """Before layer 0."""
         return (self.layer,)
 
-    def keep_counts(self, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
+    def keep_counts(self, stage: int, images: tuple[int, ...], protected: tuple[int, ...]) -> tuple[int, ...]:
         """What the decoder asks a pruning where nobody has chosen before: InputError."""
         raise InputError(
             f"{type(self).__name__} chooses by what the vision tower saw, but this call brings embeddings without "

@@ -14,7 +14,7 @@ from llava_patch.core import registry
 from llava_patch.core.errors import SettingError
 from llava_patch.core.method import Method
 from llava_patch.fusion.base import Fusion, Group
-from llava_patch.routing.pruning import Pruning
+from llava_patch.routing.pruning import OneStage
 from llava_patch.settings.methods import from_dict, from_record, to_dict
 from tests.support import models
 from tests.support.models import IMAGE
@@ -33,11 +33,11 @@ class Thirds(Fusion):
 
 
 @dataclass(frozen=True)
-class EverySecond(Pruning):
+class EverySecond(OneStage):
     """A toy pruning: the first, third, fifth, ... image token of each sample is worth most."""
 
-    def scores(self, image_mask, attention):
-        return image_mask.cumsum(1) % 2
+    def scores(self, seen):
+        return seen.image_mask.cumsum(1) % 2
 
 
 @pytest.fixture

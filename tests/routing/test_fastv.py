@@ -15,8 +15,8 @@ LEFT = {"ceil": (3, 289, 1), "round": (2, 288, 0), "int": (2, 288, 0)}  # half o
 
 @pytest.mark.parametrize("count", LEFT)
 def test_a_share_is_counted_as_asked(count):
-    assert FastV(ratio=0.5, count=count).keep_counts((5, 577, 1), (0, 0, 0)) == LEFT[count]
-    assert FastV(ratio=0.5, count=count).keep_counts((1, 5), (1, 4)) == (1, 4)  # what is read stays
+    assert FastV(ratio=0.5, count=count).keep_counts(0, (5, 577, 1), (0, 0, 0)) == LEFT[count]
+    assert FastV(ratio=0.5, count=count).keep_counts(0, (1, 5), (1, 4)) == (1, 4)  # what is read stays
 
 
 def test_another_count_is_refused():

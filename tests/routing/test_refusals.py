@@ -250,9 +250,9 @@ def test_asking_for_fewer_logits_prunes_the_same(host, keep):
 
 
 def test_which_tokens_pruning_keeps():
-    assert FastV(ratio=0.7).keep_counts((10, 10, 9, 576, 1), (0,) * 5) == (3, 3, 3, 173, 1)
-    assert FastV(ratio=1 / 3).keep_counts((9, 576), (0, 0)) == (6, 384)
-    assert FastV(ratio=1.0).keep_counts((4, 4), (0, 2)) == (0, 2)
+    assert FastV(ratio=0.7).keep_counts(0, (10, 10, 9, 576, 1), (0,) * 5) == (3, 3, 3, 173, 1)
+    assert FastV(ratio=1 / 3).keep_counts(0, (9, 576), (0, 0)) == (6, 384)
+    assert FastV(ratio=1.0).keep_counts(0, (4, 4), (0, 2)) == (0, 2)
     scores = torch.tensor([[0.1, 0.5, 0.5, 0.5, 0.9], [0.2, 0.2, 0.2, 0.2, 0.2]])
     image = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 1, 1]]).bool()
     assert choose_kept(scores, image, (2, 3)).int().tolist() == [

@@ -79,7 +79,7 @@ class DecoderPositions:
 
     layers: tuple[Positions, ...]  # of each decoder layer
     side: tuple[Positions, ...]  # of each side-branch layer; () without one, or where it does not run
-    chooser: Positions | None  # of the pruning's own row of attention, which finds what to prune; None: none is pruned
+    choosers: tuple[Positions, ...]  # of each stage of pruning: its own rows of attention, which find what to prune
     answered: int  # positions of a sample that the head answers
     images: int  # image positions that are left at the split
 
@@ -106,13 +106,16 @@ def decoder_positions(
     last, late_fusion = program.n_layers - 1, program.late_fusion
     last_token_only = mode is Mode.PREFILL and routed
     pruning = program.pruning if images else None
-    here, layers, at_split = images, [], images
+    here, layers, choosers, at_split = images, [], [], images
     for number, does in enumerate(program.modes):
-        if pruning is not None and number == pruning.layer:
+        if pruning is not None and number in program.stages:
+            if pruning.USES_ATTENTION:  # with a cache the keys are there already, unless the layer is yet to run
+                known = mode is Mode.PREFILL and not pruning.READS_NEXT
+                choosers.append(Positions(1, 0 if known else text + here, text + here))
             if isinstance(pruning, TowerPruning):
                 here = min(images, tiles * pruning.tokens)
             else:
-                here = pruning.keep_counts((images,), (0,))[0]
+                here = pruning.keep_counts(program.stages[number], (images,), (0,))[0]
         if number == program.split:
             at_split = here
         held = asking = text if routed and does is LayerMode.TEXT else text + here
@@ -124,23 +127,24 @@ def decoder_positions(
             asking = 1
         layers.append(Positions(1, 1, held + 1) if mode is Mode.DECODE else Positions(asking, held, held))
     side: tuple[Positions, ...] = ()
-    chooser = None
-    if mode is not Mode.DECODE:
-        if routed and program.split < program.n_layers and at_split:
-            side = (Positions(at_split, at_split, at_split),) * program.side_layers
-        if pruning is not None and pruning.USES_ATTENTION:  # with a cache the keys are there already
-            chooser = Positions(1, 0 if mode is Mode.PREFILL else text + images, text + images)
+    if mode is Mode.DECODE:
+        choosers = []
+    elif routed and program.split < program.n_layers and at_split:
+        side = (Positions(at_split, at_split, at_split),) * program.side_layers
     answered = text + images
     if mode is Mode.DECODE or (mode is Mode.PREFILL and (routed or answers_last_only)):
         answered = 1
-    return DecoderPositions(tuple(layers), side, chooser, answered, at_split)
+    return DecoderPositions(tuple(layers), side, tuple(choosers), answered, at_split)
 
 
 def chooser_products(shape: DecoderShape, at: Positions, batch: int) -> Counter[Product]:
-    """FastV's row of attention: the last position's query against all keys, values left out."""
+    """A stage's own rows of attention, as FastV's: some positions' queries against all keys, values left out."""
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    row, rows = (shape.heads // shape.key_value_heads, shape.head_dim, at.held), shape.key_value_heads * batch
-    return counted([((batch, shape.hidden, queries), 1), ((at.giving * batch, shape.hidden, keys), 1), (row, rows)])
+    row = (at.asking * shape.heads // shape.key_value_heads, shape.head_dim, at.held)
+    rows = shape.key_value_heads * batch
+    return counted(
+        [((at.asking * batch, shape.hidden, queries), 1), ((at.giving * batch, shape.hidden, keys), 1), (row, rows)]
+    )
 
 
 def lora_products(shape: DecoderShape, at: Positions, batch: int, rank: int) -> Counter[Product]:
@@ -212,7 +216,7 @@ class Flops:
     projector: int  # from tower to decoder, DeepStack's second one included
     layers: tuple[LayerFlops, ...]  # of each decoder layer
     side: LayerFlops  # the side branch
-    pruning: int  # its own row of attention
+    pruning: int  # its own rows of attention
     head: int  # hidden size to vocabulary
 
     @property
@@ -256,7 +260,7 @@ def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode:
         projector=2 * images * shape.projected * _multiplied(shape.projector) * (1 + shape.stacked),
         layers=tuple(map(layer, at.layers)),
         side=layer(at.side[0], len(at.side)) if at.side else LayerFlops(),
-        pruning=total(chooser_products(decoder, at.chooser, batch)) if at.chooser else 0,
+        pruning=sum(total(chooser_products(decoder, chooser, batch)) for chooser in at.choosers),
         head=2 * at.answered * batch * decoder.hidden * decoder.vocabulary,
     )
 

@@ -185,8 +185,7 @@ def products(model: Any, method: Method, text: int, batch: int) -> Counter[decod
     program = make_schedule(method.settings.get("routing"), method.settings.get("pruning"), shape.layers)
     at = decoder.decoder_positions(program, text, IMAGE_TOKENS, decoder.Mode.PREFILL)
     counts = decoder.add(*(c for p in (*at.side, *at.layers) for c in decoder.layer_products(shape, p, batch).values()))
-    if at.chooser is not None:
-        counts += decoder.chooser_products(shape, at.chooser, batch)
+    counts = decoder.add(counts, *(decoder.chooser_products(shape, chooser, batch) for chooser in at.choosers))
     if method.lora_rank is not None:
         counts += decoder.add(*(decoder.lora_products(shape, p, batch, method.lora_rank) for p in at.layers))
     return counts

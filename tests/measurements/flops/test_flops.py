@@ -14,7 +14,16 @@ from llava_patch.core.errors import SettingError
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.base import default_split
 from llava_patch.measurements.flops import shape as shapes
-from llava_patch.measurements.flops.count import Mode, Prompt, cache_bytes, count_flops, program_of
+from llava_patch.measurements.flops.count import (
+    Mode,
+    Prompt,
+    cache_bytes,
+    chooser_products,
+    count_flops,
+    decoder_positions,
+    program_of,
+    total,
+)
 from llava_patch.measurements.flops.result import FlopsResult, measure_flops
 from llava_patch.routing.cache import RoutedCache
 from llava_patch.routing.cache import cache_bytes as held_bytes
@@ -71,11 +80,11 @@ def check(model, settings, inputs, prompt, mode, **kwargs):
         wanted = count_flops(shape, program, prompt, mode)
         seen = Counted(model, lambda: model(**inputs, **kwargs))
         anatomy, layers = handle.anatomy, handle.anatomy.layers
+        choosers = chooser_projections(shape, program, prompt, mode)
         for number, layer in enumerate(layers):
             linears, attention = seen.layer(layer)
             own = wanted.layers[number]
-            if number + 1 == program.prune_at:  # the chooser uses this layer's projections
-                linears -= wanted.pruning - chooser_attention(shape, prompt)
+            linears -= choosers.get(number, 0)
             assert (linears, attention) == (own.projections + own.feed_forward, own.attention), number
         side = getattr(anatomy.decoder, "side_branch", [])
         assert sum(sum(seen.layer(layer)) for layer in side) == wanted.side.total
@@ -90,9 +99,15 @@ def check(model, settings, inputs, prompt, mode, **kwargs):
     return wanted
 
 
-def chooser_attention(shape, prompt):
-    tokens = prompt.text + prompt.image
-    return 2 * prompt.batch * tokens * shape.decoder.heads * shape.decoder.head_dim
+def chooser_projections(shape, program, prompt, mode):
+    """What pruning has a layer project apart from the layer's own call, by layer."""
+    choosers = decoder_positions(program, prompt.text, prompt.image, mode).choosers
+    reads = [layer - (not program.pruning.READS_NEXT) for layer in program.stages]
+    row = 2 * prompt.batch * shape.decoder.heads * shape.decoder.head_dim
+    return {
+        layer: total(chooser_products(shape.decoder, at, prompt.batch)) - row * at.held
+        for layer, at in zip(reads, choosers, strict=bool(choosers))
+    }
 
 
 def equal_samples(host, text, batch):

@@ -190,7 +190,7 @@ def test_json_holds_everything(stock, tmp_path):
     done = CliRunner().invoke(app, ["inspect", str(folder), "--json"])
     values = json.loads(done.output)
     assert values["format"] == 1 and values["settings"]["pruning"] == {
-        "method": "FastV", "layer": 2, "ratio": 0.5, "training": False
+        "method": "FastV", "layer": 2, "ratio": 0.5, "training": False, "count": "ceil"
     }  # fmt: skip
     assert set(values) == {
         "format", "patched", "checkpoint", "host", "form", "settings", "trained_tower", "parameters", "weight_bytes",
