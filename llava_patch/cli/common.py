@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from llava_patch.core.errors import CheckpointError, SettingError, StorageError, brief, shown
+from llava_patch.core.outputs import ROOT, place, write_index
 from llava_patch.core.paths import default_name, named
 from llava_patch.core.stored import strings
 from llava_patch.measurements import asked as kept
@@ -35,25 +36,24 @@ CHECKPOINTS = typer.Argument(
     ..., metavar="CKPT [CKPT ...]", help="checkpoints of llava or HF, patched or not; or adapters"
 )
 OPTIONAL = typer.Argument("", metavar="CKPT", help="checkpoint folder or hub name; only its JSON files are read")
-DATA = typer.Argument(
-    "",
-    metavar="DATA",
-    help="LLaVA's JSON, R-Probe's kinds of data, an image or a folder of them (DATA?broken=skip: without what cannot "
-    "be read); default: pages",
+_DATA = (
+    "images: LLaVA's JSON, a picture, a folder of them, or with regions of text, as R-Probe needs them: JSONL, "
+    "SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME (DATA?broken=skip: without what cannot be read)"
 )
-DATA_OPTION = typer.Option(
-    "", "--data", help="LLaVA's JSON, R-Probe's kinds of data or a folder of images; default: pages"
-)
-BASE = typer.Option("", help="the model below a LoRA or projector-only checkpoint of llava")
-COMPARED = typer.Option(
+DATA = typer.Argument("", metavar="DATA", help=f"{_DATA}; default: rendered pages", show_default=False)
+DATA_NEEDED = typer.Argument(..., metavar="DATA", help=_DATA)
+DATA_OPTION = typer.Option("", "--data", metavar="DATA", help="DATA, spelled as an option")
+BASE = typer.Option(
     "",
-    help="the model that it was trained from, which it is compared with (below a LoRA or projector-only checkpoint of "
-    "llava, too); default: what the record of CKPT names",
+    metavar="BASE",
+    help="the model that CKPT was trained from: below an adapter, LoRA or projector, and what CKPT is compared with; "
+    "default: what CKPT's record names",
     show_default=False,
 )
 FORMAT = typer.Option(["png"], "--format", help="of figures: png or pdf; may be repeated")
 OVERWRITE = typer.Option(False, "--overwrite", help="replace results of other settings, data or checkpoints in OUTPUT")
 NAMES = typer.Option("", help="what to call them, with commas between; default: by their paths")
+SAMPLES = "how many, spread evenly over DATA; 0: all of it; default:"
 DEVICE = typer.Option("", help="cpu, cuda or cuda:N; default: cuda where there is one")
 
 QUESTION = typer.Option("", help="asked about every image; default: the data's own, or what its text is")
@@ -131,9 +131,40 @@ def check_formats(formats: list[str]) -> None:
             raise SettingError(f"--format {suffix}: expected {' or '.join(FIGURES)}")
 
 
-def folder_for(measurement: str, checkpoint: str, output: Path | None) -> Path:
-    """Where results go: `output` (CheckpointError where that can be no folder), or MEASUREMENT/NAME-OF-CHECKPOINT."""
-    return check_output(output if output is not None else Path(measurement) / default_name(checkpoint))
+def output_option(command: str, names: str = "CKPT's name") -> Any:
+    """The option --output of a command, whose results go to a folder of its own below `ROOT` where it is not given."""
+    text = f"folder for results; default: {ROOT}/{command}/ and {names}"
+    return typer.Option(None, "--output", metavar="OUTPUT", help=text, show_default=False)
+
+
+def folder_for(command: str, checkpoint: str, output: Path | None) -> Path:
+    """Where results go: `output` (CheckpointError where that can be no folder), or the checkpoint's place in `ROOT`."""
+    return check_output(output if output is not None else place(command, default_name(checkpoint)))
+
+
+@contextlib.contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while results are written there; at a good end the page of all of them is new."""
+    from llava_patch.core.locks import folder_lock
+
+    with folder_lock(folder):
+        yield
+    listed(folder)
+
+
+def listed(folder: Path) -> None:
+    """Write the page of all results anew, where a folder is among those that it lists; rank 0 does."""
+    from llava_patch.core import parallel
+
+    if parallel.rank() == 0 and (page := write_index(folder)) is not None:
+        typer.echo(f"all results: {page}", err=True)
+
+
+def one_data(data: str, option: str) -> str:
+    """DATA, which every command takes as a word and as --data."""
+    if data and option:
+        raise SettingError(f"--data {option}: DATA is given already: {data}")
+    return data or option
 
 
 def check_output(folder: Path) -> Path:

@@ -11,35 +11,39 @@ from llava_patch.cli import common
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
 from llava_patch.core.files import plain
+from llava_patch.core.outputs import place
+from llava_patch.core.paths import default_name
 from llava_patch.measurements import asked as kept
 
 
 @needs("gradients show", "figures")
 def show(
     run: Path = typer.Argument(..., metavar="RUN", help="folder of a run that was measured, finished or not"),  # noqa: B008
-    output: Optional[Path] = typer.Option(None, help="folder for results; default: RUN itself"),  # noqa: B008
+    output: Optional[Path] = common.output_option("gradients-show", "RUN's name"),
     smoothness: Optional[float] = typer.Option(None, help="L of condition (7); default: the run's setting"),
     step_size: Optional[float] = typer.Option(None, help="its gamma; default: the run's setting or learning rate"),
     transition_windows: Optional[int] = typer.Option(None, help="windows that t_trans must last; default: the run's"),
     overwrite: bool = common.OVERWRITE,
+    formats: list[str] = common.FORMAT,
 ) -> None:
     """Draw and sum up what a training run has measured so far.
 
     Writes gradients.json and gradients.png from the run's gradients.jsonl.
     What is asked about condition (7) and t_trans may be changed afterwards.
     """
-    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.gradients.result import GradientsResult
 
     common.check_paths([run])
+    common.check_formats(formats)
+    named = default_name(str(run))
     inside = run / "gradients"  # a training run's own folder does as well
     run = inside if inside.is_dir() else run
     result = GradientsResult.read(run)
     asked: dict[str, Any] = {"smoothness": smoothness, "step_size": step_size, "transition_windows": transition_windows}
     given = {name: value for name, value in asked.items() if value is not None}
     result = dataclasses.replace(result, settings=dataclasses.replace(result.settings, **given))
-    folder = common.folder_for("gradients", str(run), run if output is None else output)
-    with folder_lock(folder):
+    folder = common.check_output(place("gradients-show", named) if output is None else output)
+    with common.results_in(folder):
         path = folder / GradientsResult.NAME
         before = kept.read_kept(path.with_suffix(".json")) if not overwrite else None
         if before is not None:  # of this run, and maybe asked about in another way
@@ -49,7 +53,7 @@ def show(
                 result = dataclasses.replace(result, facts={**result.facts, kept.ASKED: there[kept.ASKED]})
         common.show(result.table())
         typer.echo(result.summary())
-        for path in result.save(folder):
+        for path in result.save(folder, formats=formats):
             typer.echo(f"wrote {path}")
 
 

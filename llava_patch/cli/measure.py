@@ -21,6 +21,7 @@ from llava_patch.cli.common import check_results, show, with_facts
 from llava_patch.core import registry
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import need
+from llava_patch.core.outputs import place
 from llava_patch.data.examples import check_data
 from llava_patch.data.target import Target
 from llava_patch.measurements import asked as kept
@@ -31,8 +32,8 @@ from llava_patch.settings.active import settings_of
 Words = dict[str, Any]
 """Values of a command's own options, by name."""
 ABSENT: Words = {
-    "data": "", "samples": None, "names": "", "extra": None, "overwrite": False, "base": "", "device": "", "dtype": "",
-    "question": "",
+    "data": "", "data_option": "", "samples": None, "names": "", "extra": None, "overwrite": False, "base": "",
+    "device": "", "dtype": "", "question": "",
 }  # fmt: skip
 """What commands are called with that have no such option."""
 FURTHER = {"gradients": {"show": "llava_patch.cli.gradients:show", "table": "llava_patch.cli.gradients:table"}}
@@ -69,7 +70,9 @@ def run_command(measurement: Measurement) -> Callable[..., None]:
     if measurement.several:
         parameters = {"checkpoint": (list[str], common.CHECKPOINTS), "names": (str, common.NAMES)}
     if takes_data:
-        parameters["data"] = (str, common.DATA_OPTION if measurement.several else common.DATA)
+        if not measurement.several:
+            parameters["data"] = (str, common.DATA)
+        parameters["data_option"] = (str, common.DATA_OPTION)
     if measurement.compares:
         parameters["extra"] = (Optional[list[str]], typer.Argument(None, hidden=True))
     if measurement.count_field is not None:
@@ -78,12 +81,12 @@ def run_command(measurement: Measurement) -> Callable[..., None]:
     if takes_data:
         parameters |= common.MODEL | {"dtype": (str, common.dtype(measurement.gpu_dtype))}
     if measurement.compares:
-        parameters["base"] = (str, common.COMPARED)
-    where = typer.Option(None, help=f"folder for results; default: {name}/ and CKPT's name", show_default=False)
-    parameters |= {"output": (Optional[Path], where), **common.LAST}
+        parameters["base"] = (str, common.BASE)
+    parameters |= {"output": (Optional[Path], common.output_option(name)), **common.LAST}
 
     def command(asked: Any, fields: Words, others: Words) -> None:
         need(name, *measurement.extras)
+        asked.data = common.one_data(asked.data, asked.data_option)
         measurement.check(asked.data, asked.samples, **others)
         given = [one for one in ([asked.checkpoint] if isinstance(asked.checkpoint, str) else asked.checkpoint) if one]
         for one in given:
@@ -112,9 +115,7 @@ def _run(
     measurement: Measurement, targets: list[Target], settings: Any, folder: Path, asked: Any, others: Words
 ) -> None:
     """Measure, show what was found and write it; several checkpoints are in memory one after the other."""
-    from llava_patch.core.locks import folder_lock
-
-    with folder_lock(folder):
+    with common.results_in(folder):
         record = _check(measurement, targets, settings, folder, asked.overwrite, others)
         result: Any = None
         for target in targets:
@@ -137,31 +138,30 @@ def compare_command(measurement: Measurement) -> Callable[..., None]:
     models = typer.Argument(..., metavar="A B ...", help=f"checkpoints, {file} files of earlier runs, or their folders")
     parameters = {
         "models": (list[str], models),
-        "data": (str, typer.Option("", help=f"what checkpoints are measured on, as DATA of {name} run")),
+        "data": (str, common.DATA_OPTION),
         "samples": (Optional[int], samples_of(measurement)),
         **options_of(measurement),
         "names": (str, common.NAMES),
         **common.MODEL,
-        "output": (Path, typer.Option(Path(f"{measurement.name}_compare"), help="folder for table, figure, results")),
+        "output": (Optional[Path], common.output_option(f"{name}-compare", "their names")),
         **common.LAST,
     }
 
     def command(asked: Any, fields: Words, others: Words) -> None:
         need(f"{name} compare", *measurement.extras)  # before torch, which takes seconds
-
-        from llava_patch.core.locks import folder_lock
-
-        with folder_lock(common.check_output(asked.output)):
-            compared(asked, fields, others)
-
-    def compared(asked: Any, fields: Words, others: Words) -> None:
-        models, output = asked.models, asked.output
+        models = asked.models
         common.check_formats(asked.formats)
         if len(models) < 2:
             raise SettingError(f"{name} compare: one model ({models[0]}), expected at least two")
         # All that can be wrong with the arguments, before minutes are spent on the first checkpoint.
         common.check_paths(models)
         called = protocol.names_of(models, asked.names, file)
+        output = common.check_output(asked.output or place(f"{name}-compare", *called))
+        with common.results_in(output):
+            compared(asked, fields, others, called, output)
+
+    def compared(asked: Any, fields: Words, others: Words, called: list[str], output: Path) -> None:
+        models = asked.models
         kind = registry.load(measurement.result)
         files = [protocol.find_result(given, file) for given in models]
         found = {name: file and kind.load(file) for name, file in zip(called, files, strict=True)}
@@ -250,7 +250,7 @@ def _fields(measurement: Measurement) -> list[dataclasses.Field[Any]]:
 def samples_of(measurement: Measurement) -> Any:
     """The option --samples."""
     field = f"{measurement.settings.__name__}.{measurement.count_field}"
-    text = f"spread evenly over DATA; 0: all of it; default: {field}, or {measurement.samples}"
+    text = f"{common.SAMPLES} {field}, or {measurement.samples}"
     return typer.Option(None, min=0, help=text, show_default=False)
 
 

@@ -1,29 +1,46 @@
 """The commands of `llava_patch.tools`: doctor, inspect, report, bench, sweep, convert, merge; and gin-files."""
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
 from llava_patch.cli.common import (
+    BASE,
     DATA,
+    DATA_OPTION,
     DEVICE,
     GIN_FILE,
     GIN_PARAM,
     OVERWRITE,
     QUESTION,
+    SAMPLES,
+    check_checkpoint,
     check_output,
     configured,
     folder_for,
+    listed,
+    one_data,
+    output_option,
+    results_in,
 )  # fmt: skip
 from llava_patch.core.errors import CheckpointError, SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.outputs import place
+from llava_patch.core.paths import default_name
 from llava_patch.data.examples import check_data
 from llava_patch.settings.active import settings_of
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llava_patch.tools.doctor import Row
+
 ROWS = 24
-_OUTPUT = typer.Option(..., "--output", metavar="OUTPUT", help="folder to write: a new one")
 _OLD = typer.Argument("", hidden=True)
 _TOWER = typer.Option("", "--vision-tower", help="the tower's folder: to hf, where it is; to llava, what to point at")
 
@@ -32,43 +49,57 @@ def doctor_command(
     checkpoint: str = typer.Argument("", metavar="CKPT", help="a checkpoint folder to look at as well"),
     gin_file: list[str] = GIN_FILE,
     gin_param: list[str] = GIN_PARAM,
+    quick: bool = typer.Option(False, "--quick", help="leave out what only importing torch and the hosts tells"),
     as_json: bool = typer.Option(False, "--json", help="the same for machines"),
 ) -> None:
     """Show versions, hosts, attention, what is patched and what is ignored, the machine.
 
-    Gin options are read as a launch script's --gin_file and --gin_param would
-    be. Exit code 1 when something cannot work.
+    What is installed and configured is shown at once; then torch, the hosts
+    and what training and evaluation import are tried, in about a minute. Gin
+    options are read as a launch script's --gin_file and --gin_param would be.
+    Exit code 1 when something cannot work.
     """
     from rich.console import Console
+
+    from llava_patch.core.terminal import say_cost
+    from llava_patch.core.version import __version__
+    from llava_patch.tools.doctor import PROBLEM, examine
+
+    if quick and checkpoint:
+        raise SettingError("--quick looks at no checkpoint: leave one of them out")
+    console = Console()
+    rows = examine.at_once(gin_file, gin_param)
+    if not as_json:
+        console.print(_rows_table(rows, f"llava_patch {__version__}"))
+    if not quick:
+        what = "importing torch, the hosts, and what training and evaluation import"
+        say_cost("doctor", what, shown=not as_json)
+        rows += (more := examine.by_importing(checkpoint, gin_file, gin_param))
+        if not as_json:
+            console.print(_rows_table(more, "By importing"))
+    typer.echo(examine.to_json(rows)) if as_json else console.print(examine.summary(rows))
+    raise typer.Exit(1 if any(row.state == PROBLEM for row in rows) else 0)
+
+
+def _rows_table(rows: list["Row"], title: str) -> "Table":
+    """The doctor's findings; nothing is cut: names of classes and paths are long."""
     from rich.markup import escape
     from rich.table import Table
 
-    from llava_patch.core.version import __version__
-    from llava_patch.tools.doctor import PROBLEM
-    from llava_patch.tools.doctor.examine import examine, summary, to_json
-
-    with Console(stderr=True).status("looking, and trying what training and evaluation import"):
-        rows = examine(checkpoint, gin_file, gin_param)
-    if as_json:
-        typer.echo(to_json(rows))
-    else:
-        table = Table("", title=f"llava_patch {__version__}")
-        for name in ("what", "found", "advice"):
-            table.add_column(name, overflow="fold")  # nothing is cut: names of classes and paths are long
-        marks = {"ok": "", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
-        for row in rows:
-            table.add_row(marks[row.state], *map(escape, (row.what, row.found, row.advice)))
-        console = Console()
-        console.print(table)
-        console.print(summary(rows))
-    raise typer.Exit(1 if any(row.state == PROBLEM for row in rows) else 0)
+    table = Table("", title=title)
+    for name in ("what", "found", "advice"):
+        table.add_column(name, overflow="fold")
+    marks = {"ok": "", "note": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
+    for row in rows:
+        table.add_row(marks[row.state], *map(escape, (row.what, row.found, row.advice)))
+    return table
 
 
 def inspect_command(
     checkpoint: str = typer.Argument(
         ..., metavar="CKPT", help="a checkpoint folder of any form, or a hub model on this machine"
     ),
-    base: str = typer.Option("", help="folder of the model below, to compare with; default: what an adapter names"),
+    base: str = BASE,
     as_json: bool = typer.Option(False, "--json", help="everything as JSON, all tensors included"),
 ) -> None:
     """Show what a checkpoint is: host, form, settings, added tensors, base, what trains.
@@ -119,15 +150,13 @@ def report_command(
         "", metavar="CKPT", help="checkpoint folder or hub name, of llava or HF, patched or not"
     ),
     data: str = DATA,
-    base: str = typer.Option("", help="the model it was trained from, for drift and fusion attention"),
-    output: Optional[Path] = typer.Option(  # noqa: B008
-        None,
-        help="folder; the same one again keeps finished sections; default: report/ and CKPT's name",
-        show_default=False,
-    ),
+    data_option: str = DATA_OPTION,
+    samples: Optional[int] = typer.Option(None, min=0, help=f"{SAMPLES} Report.samples, 24", show_default=False),
+    base: str = BASE,
+    output: Optional[Path] = output_option("report"),
     rprobe: str = typer.Option("", help="folder with R-Probe results of this checkpoint"),
     run: str = typer.Option("", help="folder of the training run; default: CKPT, where it has trainer_state.json"),
-    only: list[str] = typer.Option([], help="make this section only; may be repeated"),  # noqa: B008
+    only: list[str] = typer.Option([], help="this section only; may be repeated"),  # noqa: B008
     skip: list[str] = typer.Option([], help="leave this section out; may be repeated"),  # noqa: B008
     fresh: bool = typer.Option(False, "--fresh", help="measure finished sections again"),
     overwrite: bool = OVERWRITE,
@@ -142,10 +171,9 @@ def report_command(
 
     OUTPUT gets report.html, and beside it each measurement's JSON and figure.
     A section that cannot be made says why; one that fails is shown as failed,
-    the others stay, and the exit code is 1. Sample counts are settings of
-    Report (--gin-param "Report.samples = 64").
+    the others stay, and the exit code is 1. The same OUTPUT again keeps
+    finished sections. Counts are settings of Report ("Report.maps = 6").
     """
-    from llava_patch.core.locks import folder_lock
     from llava_patch.tools.report import build
     from llava_patch.tools.report.sections import FAILED, Context, sections
     from llava_patch.tools.report.settings import Report
@@ -156,11 +184,12 @@ def report_command(
         kept = build.read(Path(source))
         if kept is None:
             raise CheckpointError(f"--from {source}: no {build.KEPT} there: give the folder of a report")
-        with folder_lock(Path(source)):
+        with results_in(Path(source)):
             typer.echo(f"wrote {build.write_page(kept, Path(source))}")
         return
     if not checkpoint:
         raise SettingError("name a checkpoint, or a report's folder with --from")
+    data = one_data(data, data_option)
     with configured(gin_file, gin_param, goes_on=True):
         every = sections()
         chosen = build.choose(every, only, skip)
@@ -172,10 +201,11 @@ def report_command(
         gin = [word for file in gin_file for word in ("--gin-file", file)]
         gin += [word for binding in gin_param for word in ("--gin-param", binding)]
         how = {"device": device, "dtype": dtype, "question": question}
-        context = Context(
-            checkpoint, data, base=base, **how, rprobe=rprobe, run=run, settings=settings_of(Report), gin=gin
-        )
-        with folder_lock(folder):
+        counts = settings_of(Report)
+        if samples is not None:
+            counts = replace(counts, samples=samples or None)
+        context = Context(checkpoint, data, base=base, **how, rprobe=rprobe, run=run, settings=counts, gin=gin)
+        with results_in(folder):
             values = build.build(context, every, chosen, folder, fresh, overwrite, typer.echo)
             typer.echo(f"wrote {build.write_page(values, folder)}")
     failed = [record.name for record in values["sections"] if record.state == FAILED]
@@ -187,7 +217,7 @@ def report_command(
 @needs("bench", "figures")
 def bench(
     shape: str = typer.Option("small", help="small (7B's depth, reduced width), 7b or 13b; random weights"),
-    device: str = typer.Option("", help="cpu or cuda; default: cuda where there is one"),
+    device: str = DEVICE,
     dtype: str = typer.Option("", help="float32, bfloat16 or float16; default: bfloat16 on cuda, else float32"),
     attention: str = typer.Option("sdpa", help="attention backend: sdpa, eager or flash_attention_2"),
     split: int = typer.Option(-1, show_default=False, help="first routed layer; default: the shape's own"),
@@ -200,7 +230,7 @@ def bench(
     compiled: bool = typer.Option(
         False, "--compiled", help="time decode with a static cache and torch.compile instead"
     ),
-    output: Path = typer.Option(Path("bench"), help="folder for the .json, .md and (routing) .png"),  # noqa: B008
+    output: Optional[Path] = output_option("bench", "SHAPE"),
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Time prefill and decode of every routing method beside the stock model, and check its identity.
@@ -212,7 +242,6 @@ def bench(
     import torch
     from rich.console import Console
 
-    from llava_patch.core.locks import folder_lock
     from llava_patch.core.terminal import show
     from llava_patch.data.loaded import pick_device, pick_dtype
     from llava_patch.hosts import sizes
@@ -267,9 +296,10 @@ def bench(
     settings = [(samples, words) for samples in batch for words in text]
     kind = "compiled_decode" if compiled else "routing"
     names = [name_of(*one) for one in settings] if fusions else [f"{kind}_{shape}"]
-    with folder_lock(check_output(output)):
+    folder = check_output(output or place("bench", shape))
+    with results_in(folder):
         for name in names if not overwrite else ():
-            check_kept(output / f"{name}.json", asked, {})
+            check_kept(folder / f"{name}.json", asked, {})
         if fusions:
             for (samples, words), name in zip(settings, names, strict=True):
                 model, about = build()
@@ -277,7 +307,7 @@ def bench(
                 title = f"{shape}: 24 ViT blocks, {rest}"
                 rows = fusion.measure(model, fusion.fusions(), words, samples, repeats=repeats)
                 show(console, *report.fusion_table(rows), [], title)
-                wrote(report.write_fusions(output, name, rows, title, about))
+                wrote(report.write_fusions(folder, name, rows, title, about))
             return
         model, about = build()
         tables: dict[str, Any] = {}
@@ -291,7 +321,7 @@ def bench(
             tables[title] = measure.measure(model, compared, words, samples, repeats=repeats, training=train)
             for table in report.method_tables(tables[title]):
                 show(console, *table, [], title)
-        wrote((report.write_compiled if compiled else report.write)(output, names[0], tables, about))
+        wrote((report.write_compiled if compiled else report.write)(folder, names[0], tables, about))
 
 
 @needs("sweep", "figures")
@@ -300,11 +330,11 @@ def sweep_command(
     command: list[str] = typer.Argument(  # noqa: B008
         ..., metavar="COMMAND", help="the launch command, after --; each run's flags are appended to it"
     ),
-    output: Path = typer.Option(..., help="folder for runs and results; the same one again resumes"),  # noqa: B008
+    output: Optional[Path] = output_option("sweep", "SWEEP"),
     seeds: str = typer.Option("", help="such as 1,2,3; instead of the file's (single runs: 42)"),
     evaluate: str = typer.Option("", help="lmms-eval command for each finished run, with {checkpoint} in it"),
     dry_run: bool = typer.Option(False, "--dry-run", help="show every run's command and state; write nothing"),
-    overwrite: bool = typer.Option(False, "--overwrite", help="replace runs of other settings in OUTPUT"),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Train every point of a grid with several seeds; mean ± std and a plot.
 
@@ -330,13 +360,14 @@ def sweep_command(
     from llava_patch.tools.sweep.command import sweep
 
     console = Console()
+    folder = check_output(output or place("sweep", Path(file).stem))
     words = [word.strip() for word in seeds.split(",") if word.strip()]
     if not all(word.isdigit() for word in words) or len(set(words)) != len(words):
         raise SettingError(f"--seeds {seeds}: expected distinct integers, such as 1,2,3")
     try:
-        well = sweep(
-            file, output, command, [int(word) for word in words] or None, evaluate or None, dry_run, console, overwrite
-        )
+        with contextlib.nullcontext() if dry_run else results_in(folder):
+            numbers = [int(word) for word in words] or None
+            well = sweep(file, folder, command, numbers, evaluate or None, dry_run, console, overwrite)
     except KeyboardInterrupt:
         console.print("interrupted: the same command again goes on from here")
         raise typer.Exit(130) from None
@@ -346,29 +377,62 @@ def sweep_command(
 def convert_command(
     checkpoint: str = typer.Argument(..., metavar="CKPT", help="a full checkpoint, stock or patched, or an adapter"),
     old: str = _OLD,
-    output: Path = _OUTPUT,
+    base: str = BASE,
+    output: Optional[Path] = output_option("convert"),
     to: str = typer.Option(..., help="hf or llava"),
     vision_tower: str = _TOWER,
 ) -> None:
-    """Write a checkpoint for the other host, with the patch that it carries."""
+    """Write a checkpoint for the other host, with the patch that it carries.
+
+    OUTPUT is a new folder, which is a checkpoint then.
+    """
     from llava_patch.tools.convert.command import convert
 
     _refuse(old)
-    typer.echo(f"wrote {convert(checkpoint, output, to, vision_tower or None)}")
+    with _new_checkpoint("convert", checkpoint, base, output) as folder:
+        typer.echo(f"wrote {convert(checkpoint, folder, to, vision_tower or None)}")
 
 
 def merge_command(
     checkpoint: str = typer.Argument(..., metavar="CKPT", help="an adapter or a full patched checkpoint"),
     old: str = _OLD,
-    output: Path = _OUTPUT,
+    base: str = BASE,
+    output: Optional[Path] = output_option("merge"),
     to: str = typer.Option("", help="hf or llava, to convert in the same go; default: the host that it is of"),
     vision_tower: str = _TOWER,
 ) -> None:
-    """Write a plain checkpoint, which needs no llava_patch, where that is exact."""
+    """Write a plain checkpoint, which needs no llava_patch, where that is exact.
+
+    OUTPUT is a new folder, which is a checkpoint then.
+    """
     from llava_patch.tools.convert.command import merge
 
     _refuse(old)
-    typer.echo(f"wrote {merge(checkpoint, output, to or None, vision_tower or None)}")
+    with _new_checkpoint("merge", checkpoint, base, output) as folder:
+        typer.echo(f"wrote {merge(checkpoint, folder, to or None, vision_tower or None)}")
+
+
+@contextlib.contextmanager
+def _new_checkpoint(command: str, checkpoint: str, base: str, output: Path | None) -> Iterator[Path]:
+    """The folder to write, with the adapter's base where the user says it is; the page of results is new then."""
+    from llava_patch.core import records
+    from llava_patch.core.hub import adapter_folder
+
+    below: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if base:
+        check_checkpoint(checkpoint)
+        check_checkpoint(base, "--base")
+        source = adapter_folder(checkpoint)
+        record = records.read_settings(source) if Path(source).is_dir() else None
+        if (record or {}).get("form") != "adapter":
+            raise CheckpointError(
+                f"{checkpoint} is no adapter of llava_patch, so nothing is below it: leave out --base"
+            )
+        below = records.base_is(source, base)
+    folder = output or place(command, default_name(checkpoint))
+    with below:
+        yield folder
+    listed(folder)
 
 
 def _refuse(old: str) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -287,7 +287,12 @@ def track(items: Iterable[T], description: str, show: bool) -> Iterator[T]:
     """Iterate with a progress bar on stderr."""
     if not show:
         return iter(items)
-    from rich.console import Console
-    from rich.progress import track as rich_track
+    from llava_patch.core.terminal import progress_bar
 
-    return iter(rich_track(items, description, console=Console(stderr=True)))
+    def tracked() -> Iterator[T]:
+        with progress_bar(len(items) if isinstance(items, Sized) else None, description, True) as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+    return tracked()

@@ -67,24 +67,44 @@ def _file_lock(path: Path | None, folder: Path | None, advice: str) -> Iterator[
         yield
     finally:
         _held.remove(path)
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: `_acquire` sees to who waits for it
-        lock.release()
+        _let_go(path, lock)
         with contextlib.suppress(OSError):
             if not any(path.parent.iterdir()):
                 _take_away(made)
 
 
-def _acquire(path: Path) -> FileLock:
+@contextlib.contextmanager
+def held(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock of a file, which is taken away at the end; below 0 the wait has no end, else Timeout is raised."""
+    lock = _acquire(path, timeout)
+    try:
+        yield
+    finally:
+        _let_go(path, lock)
+
+
+def _acquire(path: Path, timeout: float = 0) -> FileLock:
     """The lock on a file that is still there: its last holder takes it away, and others may hold one by its name."""
     while True:
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=timeout)
         lock.acquire()
         descriptor = getattr(getattr(lock, "_context", lock), "lock_file_fd", None)
-        with contextlib.suppress(FileNotFoundError):
-            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
-                return lock
+        if descriptor is None or is_of(descriptor, path):
+            return lock
         lock.release()
+
+
+def is_of(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path, so that whoever locks it keeps others out."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _let_go(path: Path, lock: FileLock) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()  # while it is held: `_acquire` sees to who waits for it
+    lock.release()
 
 
 def _take_away(folders: list[Path]) -> None:

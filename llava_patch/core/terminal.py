@@ -1,7 +1,7 @@
 """Tables: with their footer on the terminal, and in Markdown."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,9 +13,9 @@ GAP = 2  # columns between two cells: their padding and the rule that is not dra
 LOG_SECONDS = 15.0  # between two lines of a progress bar where nobody watches
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """A number of things, such as "1 store" and "2 stores"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def width_of(head: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
@@ -34,8 +34,20 @@ def bordered(head: Sequence[str], lines: Sequence[Sequence[str]], title: str | N
     return table
 
 
-def progress_bar(total: int, label: str, shown: bool) -> Any:
-    """A tqdm bar on standard error, rarely redrawn where that is no terminal."""
+def how_many(samples: Any, limit: int | None = None) -> str:
+    """How many samples of a collection are taken, in words; "" where it does not know its length."""
+    number = len(samples) if isinstance(samples, Sized) else limit
+    return "" if number is None else counted(min(number, limit or number), "sample")
+
+
+def say_cost(what: str, *parts: str, shown: bool = True) -> None:
+    """Say on standard error what a long command is going to do, in counts: the bar that follows tells the time."""
+    if shown:
+        print(f"{what}: {', '.join(part for part in parts if part)}", file=sys.stderr, flush=True)
+
+
+def progress_bar(total: int | None, label: str, shown: bool) -> Any:
+    """A tqdm bar on standard error, rarely redrawn where that is no terminal; `total` None: not known."""
     from tqdm import tqdm
 
     watched = sys.stderr.isatty()

@@ -200,6 +200,8 @@ def open_weights(source: str) -> Tensors:
     files = weight_files(source)
     if files:
         return {tensor.name: tensor for tensor in read_files(files)}
+    if not os.path.isdir(source) and not _on_machine(source):
+        raise nothing_at(source)
     hint = ": copy or download them too"
     if any(locate(source, name) for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")):
         hint = "; it is a LoRA folder: merge it first (LLaVA's scripts/merge_lora_weights.py)"

@@ -7,7 +7,7 @@ from typing import Any
 from llava_patch.core import records
 from llava_patch.core.errors import CheckpointError, HostError
 from llava_patch.core.hub import adapter_folder
-from llava_patch.core.weights import lacks_config, read_json
+from llava_patch.core.weights import folder_of, lacks_config, read_json
 from llava_patch.hosts import configs, tiles
 from llava_patch.hosts.anatomy import HF, LLAVA
 from llava_patch.hosts.towers import layout as towers
@@ -20,11 +20,12 @@ from llava_patch.settings.methods import from_record
 def read_transform(folder: str | Path, mode: str, text_height: float = TEXT_HEIGHT) -> Transform:
     """The probe's image transform in one of `IMAGE_MODES`, as `make_transform` gives it for the loaded checkpoint.
 
-    The folder is a full checkpoint of either host, stock or patched, or an adapter whose base is there.
+    The folder, or name of the hub, is a full checkpoint of either host, stock or patched, or an adapter whose base is
+    there.
 
     CheckpointError: there is none, or its base or tower is gone; SettingError or HostError: it is none for the mode.
     """
-    folder = Path(adapter_folder(str(folder)))
+    folder = Path(folder_of(adapter_folder(str(folder))))
     record = records.read_settings(folder)
     base = folder
     if record is not None and record.get("form") == records.ADAPTER:

@@ -10,6 +10,7 @@ from torch import nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import InputError
+from llava_patch.core.terminal import how_many, say_cost
 from llava_patch.data.target import Opener
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes
@@ -68,6 +69,8 @@ class Meter(contextlib.ExitStack):
     ) -> Any:
         """The result of two models that are both in memory; `base_samples` None: they share the samples."""
         own, other = find(model), find(base)
+        count = how_many(samples, self.settings.max_samples)
+        say_cost(self.what, count, "a forward pass each of checkpoint and base", shown=progress)
         tracked = files.track(samples, self.what, progress)
         pairs = ((s, s) for s in tracked) if base_samples is None else zip(tracked, base_samples, strict=True)
         with self, passes.evaluating(model), passes.evaluating(base):
@@ -118,6 +121,8 @@ class Meter(contextlib.ExitStack):
         self.begin(anatomy)
         count = len(samples) if hasattr(samples, "__len__") else None  # type: ignore[arg-type]
         limit = self.settings.max_samples
+        passes_of = "a forward pass each of checkpoint and base, one model after the other"
+        say_cost(self.what, how_many(samples, limit), passes_of, shown=progress)
         waiting = self.store(count and min(count, limit or count))
         usable: list[bool] = []
         with passes.evaluating(model):

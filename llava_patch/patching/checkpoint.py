@@ -27,6 +27,7 @@ from llava_patch.core.records import (
     ADAPTER,
     CONFIG_KEY,
     FULL,
+    LORA_FILE,
     SETTINGS_FILE,
     UNFINISHED,
     WEIGHTS_FILE,
@@ -50,7 +51,6 @@ from llava_patch.settings.methods import from_record
 logger = logging.getLogger("llava_patch")
 
 PEFT_CONFIG = "adapter_config.json"
-LORA_FILE = "non_lora_trainables.bin"
 _TOWER = "vision_tower."
 _LAST = {SETTINGS_FILE: None, "config.json": json.dumps({CONFIG_KEY: UNFINISHED})}
 """What makes a folder a checkpoint, with what stands there while files are replaced."""

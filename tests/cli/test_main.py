@@ -60,8 +60,10 @@ def test_every_job_is_a_subcommand():
 def test_the_folder_to_write_has_the_word_that_it_has_everywhere(command, tmp_path):
     done = runner.invoke(app, [command, "model", "old", "--output", str(tmp_path / "new"), "--to", "hf"])
     assert str(done.exception) == "old: the folder to write is named with --output old"
-    missing = runner.invoke(app, [command, "model", "--to", "hf"], env={"COLUMNS": "200"})
-    assert missing.exit_code == 2 and "--output" in missing.output
+    gone = runner.invoke(app, [command, "./model", "--to", "hf", "--base", "./base"])
+    assert "./model: no such folder" in str(gone.exception)
+    whole = runner.invoke(app, [command, str(tmp_path), "--to", "hf", "--base", str(tmp_path)])
+    assert "is no adapter of llava_patch" in str(whole.exception) and "leave out --base" in str(whole.exception)
 
 
 def test_ctrl_c_anywhere_ends_with_130_and_one_line(monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_a_configured_patch_does_not_replace_the_stock_results(name: str, stock:
     words = [name, stock, *(stock if word == "STOCK" else word for word in COMMANDS[name])]
     done = run(*words)
     assert done.exit_code == 0, (done.output, done.exception)
-    (path,) = Path(name, "stock").glob("*.json")
+    (path,) = Path("llava_patch_out", name, "stock").glob("*.json")
     before = path.read_bytes()
     done = run(*words, *PATCH)
     assert isinstance(done.exception, CheckpointError), done.output
@@ -123,7 +123,7 @@ def test_reach_takes_all_samples(stock: Path) -> None:
     for words, count in (((), 4), (("--samples", 0), 6), (("--gin-param", "Reach.samples = 2"), 2)):
         done = run("reach", stock, "data.json", *words, "--overwrite")
         assert done.exit_code == 0, (done.output, done.exception)
-        assert json.loads(Path("reach/stock/reach.json").read_text())["samples"] == count
+        assert json.loads(Path("llava_patch_out/reach/stock/reach.json").read_text())["samples"] == count
 
 
 NAME_IT = "name the folder with the checkpoint's config.json"

@@ -399,7 +399,7 @@ def test_the_same_command_takes_a_finished_probe_and_its_stores_as_they_are(same
 
     kept = ("cache/rprobe/*/shard-*.safetensors", "cache/rprobe/*/manifest.json", "rprobe/decoder.safetensors")
     before = times(*kept)
-    call("rprobe", *PROBE, "--output", "rprobe")
+    call("rprobe", *PROBE, "--keep-decoder", "--output", "rprobe")
     assert times(*kept) == before
     agrees("rprobe", probe_numbers(RProbeResult.load("rprobe/rprobe.json")))
 
@@ -407,7 +407,7 @@ def test_the_same_command_takes_a_finished_probe_and_its_stores_as_they_are(same
 def test_the_same_command_goes_on_with_an_unfinished_probe(same_rounding):
     from llava_patch.measurements.rprobe.result import RProbeResult
 
-    said = call("rprobe", *PROBE, "--output", "rprobe_unfinished").output
+    said = call("rprobe", *PROBE, "--keep-decoder", "--output", "rprobe_unfinished").output
     assert "goes on after step 4 of 8" in said
     agrees("rprobe", probe_numbers(RProbeResult.load("rprobe_unfinished/rprobe.json")))
     assert not Path("rprobe_unfinished/training.safetensors").exists()

@@ -97,7 +97,7 @@ def picture(what: str, content: bytes, *says: str) -> Row:
     def make(place: Place) -> Call:
         file = _lines(place, LINE, {**LINE, "image": "bad.png"})
         place.file("bad.png", content)
-        return place.command("rprobe", "preview", file, "--output", "look.png")
+        return place.command("rprobe", "preview", file, "--output", "look")
 
     return Row("images", what, make, ("list.jsonl:2: image", "bad.png cannot be read", *says))
 

@@ -4,9 +4,6 @@ import typer
 
 from llava_patch.cli.common import DefaultGroup
 
-DATA = typer.Argument(
-    "", metavar="DATA", help="JSONL, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR or HF data; default: rendered pages"
-)
 BOXES_PER_SAMPLE = typer.Option(1, min=1, help="regions of a page that make one sample")
 BROKEN = typer.Option("stop", help="what becomes of broken samples: stop or skip (as SOURCE?broken=skip)")
 HELP = """R-Probe: how well pixels can be rebuilt from projected visual tokens.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from llava_patch.cli.rprobe import app
 from llava_patch.core import files
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.outputs import place
 from llava_patch.core.terminal import show
 from llava_patch.measurements import asked as kept
 from llava_patch.measurements.base import words
@@ -26,7 +27,7 @@ def compare_command(
     ),
     names: str = typer.Option("", help="what to call them, such as stock,detached; default: their folders"),
     baseline: str = typer.Option("", help="name of the one that the others are compared with; default: the first"),
-    output: Path = typer.Option(Path("rprobe_compare"), help="folder for compare.md, .json and the figure"),  # noqa: B008
+    output: Optional[Path] = common.output_option("rprobe-compare", "their names"),
     overwrite: bool = common.OVERWRITE,
     formats: list[str] = common.FORMAT,
     resamples: int = typer.Option(2000, min=1, help="bootstrap resamples behind an interval"),
@@ -38,15 +39,15 @@ def compare_command(
     both results are of the same held-out samples. What differs between runs
     besides the model is listed under the table.
     """
-    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe.compare import compare_probes, load
 
     common.check_formats(formats)
     common.check_paths(results)
-    with folder_lock(common.check_output(output)):
-        found = load(results, words(names))
-        if len(found) < 2:
-            raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
+    found = load(results, words(names))
+    if len(found) < 2:
+        raise SettingError(f"rprobe compare: one result ({', '.join(found)}), expected at least two")
+    output = common.check_output(output or place("rprobe-compare", *found))
+    with common.results_in(output):
         compared = compare_probes(found, baseline, resamples, seed)
         options = {"--names": [*found], "--baseline": compared.baseline, "--resamples": resamples, "--seed": seed}
         about = _about(output / "compare.json", results, options, overwrite)
@@ -69,7 +70,7 @@ def correlate(
     probe: str = typer.Option("mse", help="mse, fvu, psnr, steps (to the threshold) or steps_half_fvu"),
     tasks: str = typer.Option("", help="such as ocrbench,textvqa_val or task/metric; default: what all have"),
     names: str = typer.Option("", help="what to call the checkpoints; default: lmms-eval's names of them"),
-    output: Path = typer.Option(Path("rprobe_correlate"), help="folder for correlate.md, .json, figure"),  # noqa: B008
+    output: Optional[Path] = common.output_option("correlate", "their names"),
     overwrite: bool = common.OVERWRITE,
     formats: list[str] = common.FORMAT,
     seed: int = typer.Option(0, min=0, help="of the permutations, where there are too many to count out"),
@@ -79,15 +80,16 @@ def correlate(
     Scores come from lmms-eval's results JSON. The sign is turned so that
     above 0 a better probe goes with a better score.
     """
-    from llava_patch.core.locks import folder_lock
     from llava_patch.measurements.rprobe import correlate as correlation
     from llava_patch.measurements.rprobe.compare import markdown_page
     from llava_patch.measurements.rprobe.figures import draw_correlations, save
 
     common.check_formats(formats)
-    common.check_output(output)
+    if output is not None:
+        common.check_output(output)
     common.check_paths([part for source in sources for part in source.split("=") if part or not source])
     checkpoints, notes = correlation.read_checkpoints(sources, words(names))
+    output = common.check_output(output or place("correlate", *(one.name for one in checkpoints)))
     found, more = correlation.correlate(checkpoints, probe, words(tasks), seed)
     what, more_is_better = correlation.PROBES[probe]
     better = f"a better probe ({'higher' if more_is_better else 'lower'} {what}) goes with a better score"
@@ -96,7 +98,7 @@ def correlate(
     head, lines = correlation.cells(found)
     title = f"Rank correlation with R-Probe's {what}"
     options = {"--probe": probe, "--tasks": words(tasks), "--names": words(names), "--seed": seed}
-    with folder_lock(output):
+    with common.results_in(output):
         about = _about(output / "correlate.json", sources, options, overwrite)
         written = [files.write_text(output / "correlate.md", markdown_page(head, lines, notes, title))]
         record = {**about, "probe": probe, "correlations": [one.__dict__ for one in found], "notes": notes}

@@ -2,40 +2,54 @@
 
 import time
 from pathlib import Path
+from typing import Optional
 
 import typer
 from rich.console import Console
 
+from llava_patch.cli.common import (
+    DATA,
+    DATA_NEEDED,
+    DATA_OPTION,
+    SAMPLES,
+    check_checkpoint,
+    check_output,
+    one_data,
+    output_option,
+    results_in,
+)  # fmt: skip
 from llava_patch.cli.rprobe import BOXES_PER_SAMPLE, BROKEN, app
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.extras import needs
+from llava_patch.core.outputs import place
 from llava_patch.core.terminal import bordered, counted
-from llava_patch.measurements.base import words
 from llava_patch.measurements.rprobe.settings import IMAGE_MODES, RProbe
 
+PICTURE = "preview.png"
 PAGES = 16  # rendered pages that are counted when there is no data
 
 
 @app.command("preview")
 @needs("rprobe preview", "figures")
 def preview(
-    data: str = typer.Argument("", help="JSONL file, SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME; default: pages"),
+    data: str = DATA,
+    data_option: str = DATA_OPTION,
     model: str = typer.Option("", help="checkpoint whose image processor and tokens are used; no weights are loaded"),
     image_mode: str = typer.Option("resize", help=f"{', '.join(IMAGE_MODES)} (anyres: with --model)"),
     text_height: float = typer.Option(RProbe.text_height, help="least height of text in tokens, in mode window"),
     size: int = typer.Option(336, min=1, help="side of the tower's input in pixels, without --model"),
     patch: int = typer.Option(14, min=1, help="side of a token in pixels, without --model"),
-    count: int = typer.Option(6, min=1, help="samples to show, spread over the data"),
-    samples: str = typer.Option("", help="these instead: ids or numbers from 0, joined by commas"),
+    samples: int = typer.Option(6, min=0, help=f"{SAMPLES} 6", show_default=False),
+    show: list[str] = typer.Option([], help="this sample instead, by id or number from 0; may be repeated"),  # noqa: B008
     boxes_per_sample: int = BOXES_PER_SAMPLE,
     broken: str = BROKEN,
-    output: Path = typer.Option(Path("preview.png"), help="picture to write"),  # noqa: B008
+    output: Optional[Path] = output_option("rprobe-preview", "DATA's name"),
 ) -> None:
     """Draw samples with their boxes as they are and as the tower sees them, and count what there is.
 
     Settings may follow DATA: scans?images=jpg, hf:NAME:train?boxes=1000,
     x.json?format=funsd, scans?broken=skip&exif=stored, gt?coordinates=4.
-    A look before every run: are the boxes right?
+    A look before every run: are the boxes right? OUTPUT gets preview.png.
     """
     from llava_patch.data.configuration import read_transform
     from llava_patch.data.pages import Pages
@@ -46,17 +60,22 @@ def preview(
 
     if image_mode not in IMAGE_MODES:
         raise SettingError(f"--image-mode {image_mode}: expected one of {', '.join(IMAGE_MODES)}")
-    if output.suffix.lower() != ".png":
-        raise SettingError(f"--output {output}: expected a .png file")
+    data = one_data(data, data_option)
+    if output is not None and output.suffix.lower() == ".png" and not output.is_dir():
+        raise SettingError(f"--output {output}: a folder is named with it, which gets {PICTURE}")
+    name = Path(data.partition("?")[0]).name.partition(".")[0] if data else "pages"
+    output = check_output(output or place("rprobe-preview", name))
     shown_as = image_mode, RProbe(image_mode=image_mode, text_height=text_height).text_height
+    if model:
+        check_checkpoint(model, "--model")
     transform = read_transform(model, *shown_as) if model else clip_like(size, patch, *shown_as)
     if data:
         found = read_samples(data, boxes_per_sample, broken)
     elif boxes_per_sample != 1:
         raise SettingError("--boxes-per-sample: rendered pages have one region each")
     else:
-        found = Samples(Pages(max(PAGES, count), transform.height))
-    rows, shown, skipped = counts(found, transform), choose_shown(found, count, words(samples)), found.skipped
+        found = Samples(Pages(max(PAGES, samples), transform.height))
+    rows, shown, skipped = counts(found, transform), choose_shown(found, samples or len(found), show), found.skipped
     if data:
         rows.insert(0, ("read as", found.format))
         rows.insert(3, ("regions without transcript", f"{found.unread:,}"))
@@ -70,7 +89,8 @@ def preview(
             skipped.append(str(error))
             shown.remove(sample)
     title = f"{data or 'rendered pages'}  ·  {model or f'a CLIP tower of {size} / {patch}'}  ·  {image_mode}"
-    path = save_preview(shown, transform, output, title)
+    with results_in(output):
+        path = save_preview(shown, transform, output / PICTURE, title)
     console = Console()
     console.print(bordered(["what", "how many"], rows, data or counted(len(found), "rendered page")))
     for message in skipped[:5]:
@@ -82,25 +102,26 @@ def preview(
 
 @app.command("export")
 def export(
-    source: str = typer.Argument(..., help="SROIE/ICDAR, FUNSD, COCO-Text, TextOCR, hf:NAME, or a JSONL file"),
-    out: Path = typer.Argument(..., help="JSONL file to write"),  # noqa: B008
+    data: str = DATA_NEEDED,
+    out: Path = typer.Argument(..., metavar="OUT", help="JSONL file to write"),  # noqa: B008
     boxes_per_sample: int = BOXES_PER_SAMPLE,
     broken: str = BROKEN,
-    force: bool = typer.Option(False, "--force", help="overwrite OUT"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="replace OUT"),
+    force: bool = typer.Option(False, "--force", hidden=True),  # what --overwrite was called
 ) -> None:
-    """Write samples of any source as JSONL, a line a region, to look at, to cut and to share.
+    """Write samples of any DATA as JSONL, a line a region, to look at, to cut and to share.
 
     Images stay where they are; those that are no files (parquet, arrow) are
     written beside OUT, into a folder called after it with "_images" behind.
-    Boxes come out in pixels of the displayed image, whatever SOURCE says.
+    Boxes come out in pixels of the displayed image, whatever DATA says.
     """
     from llava_patch.data.readers import read_samples, write_jsonl
 
     if out.suffix.lower() != ".jsonl":
         raise SettingError(f"{out}: expected a .jsonl file")
-    if out.exists() and not force:
-        raise SettingError(f"{out}: is there already: name another file, or overwrite it with --force")
-    samples = read_samples(source, boxes_per_sample, broken)
+    if out.exists() and not (overwrite or force):
+        raise SettingError(f"{out}: is there already: name another file, or replace it with --overwrite")
+    samples = read_samples(data, boxes_per_sample, broken)
     write_jsonl(samples, out)
     for message in samples.skipped:
         typer.echo(f"skipped: {message}")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from llava_patch.cli import common, measure
 from llava_patch.cli.common import check_results, facts_of, with_facts
-from llava_patch.cli.rprobe import DATA, app
+from llava_patch.cli.rprobe import app
 from llava_patch.core.errors import SettingError
 from llava_patch.core.extras import need
 from llava_patch.core.files import write_json, write_text
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from llava_patch.measurements.rprobe.result import RProbeResult
 
 PROBE = RProbeMeasurement()
-_WHERE = "folder for results; the same one again goes on; default: rprobe/ and CKPT's name (RUN__checkpoint-N)"
 _FOUR = "image masked or full, text given or not: all four"
 PARAMETERS: dict[str, tuple[Any, Any]] = {
     "checkpoint": (str, common.CHECKPOINT),
-    "data": (str, DATA),
-    "output": (Optional[Path], typer.Option(None, help=_WHERE, show_default=False)),
+    "data": (str, common.DATA),
+    "data_option": (str, common.DATA_OPTION),
+    "output": (Optional[Path], common.output_option("rprobe")),
     "ablation": (bool, typer.Option(False, "--ablation", help=_FOUR)),
     **measure.options_of(PROBE),
     "overwrite": (bool, common.OVERWRITE),
@@ -56,7 +56,8 @@ def run_command(
     from llava_patch.tools.sweep.process import signals_interrupt
 
     common.check_formats(formats)
-    data, heldout, show = (words.pop(name) for name in ("data", "heldout", "show"))
+    data = common.one_data(words.pop("data"), words.pop("data_option"))
+    heldout, show = words.pop("heldout"), words.pop("show")
     base, device, dtype = (words.pop(name) for name in ("base", "device", "dtype"))
     gin, fields = (words.pop("gin_file"), words.pop("gin_param")), words
     if ablation and (fields["masked"] is not None or fields["text"] is not None):
@@ -70,9 +71,11 @@ def run_command(
 
     def probe(settings: Any, folder: Path) -> "RProbeResult":
         with folder_lock(folder):
-            found = PROBE.measure(target, settings, folder, sources, heldout=heldout, show=show)
-            result = with_facts(found, checkpoint, asked_of(settings))
+            found = PROBE.measure(target, settings, folder, sources, overwrite, heldout=heldout, show=show)
+            result = found if found.kept else with_facts(found, checkpoint, asked_of(settings))
             write_run(result, folder, formats)
+        if result.kept:
+            _say(f"{folder / RESULT}: measured before")
         _say(result.summary())
         return result
 
@@ -92,12 +95,14 @@ def run_command(
                     count = counted(len(samples.skipped), "thing")
                     _say(f"{source}: {count} could not be used, such as {samples.skipped[0]}")
             if ablation:
-                with folder_lock(folder):
+                with common.results_in(folder):
                     _all_four(probe, settings, folder, checkpoint, asked)
             else:
-                maps = counted(len(probe(settings, folder).maps), "error map")
-                figure = (folder / FIGURE).with_suffix(f".{formats[0]}")
-                _say(f"wrote {folder / RESULT}, and {figure} with {maps} beside it")
+                with common.results_in(folder):
+                    result = probe(settings, folder)
+                figure, maps = (folder / FIGURE).with_suffix(f".{formats[0]}"), counted(len(result.maps), "error map")
+                if not result.kept:
+                    _say(f"wrote {folder / RESULT}, and {figure} with {maps} beside it")
     except KeyboardInterrupt:
         if parallel.is_first():
             typer.echo("interrupted: the same command goes on from here", err=True)

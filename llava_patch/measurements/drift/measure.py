@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llava_patch.core.errors import HostError, InputError, SettingError, StorageError
 from llava_patch.core.files import storage_errors
-from llava_patch.core.locks import FileLock
+from llava_patch.core.locks import FileLock, held
 from llava_patch.core.paths import cache_folder
 from llava_patch.hosts.anatomy import Anatomy
 from llava_patch.hosts.compat import layer_output
@@ -155,7 +155,7 @@ class Store(contextlib.ExitStack):
             parent.mkdir(parents=True, exist_ok=True)
         with (
             storage_errors(parent / LOCK),
-            FileLock(parent / LOCK),
+            held(parent / LOCK),
         ):  # nobody takes a folder for a dead one's before it is locked
             for folder in parent.glob(f"{PREFIX}*"):
                 lock = FileLock(folder / LOCK, timeout=0)

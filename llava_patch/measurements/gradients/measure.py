@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava_patch.core import files
 from llava_patch.core.errors import CheckpointError, InputError
+from llava_patch.core.terminal import counted, say_cost
 from llava_patch.data.examples import Example
 from llava_patch.data.inputs import IGNORED, Inputs
 from llava_patch.hosts.anatomy import find
@@ -112,6 +113,9 @@ def measure_gradients(
     steps: list[Step] = []
     windows: list[Moments] = []
     saved, noted = time.monotonic(), window.last
+    what = f"{counted(len(batches) - noted, 'batch', 'batches')} of {counted(len(batches[0]), 'example')}"
+    more = "and its curvature" if settings.curvature is not None and len(batches) > 1 else ""
+    say_cost("gradients", what, "two forward and two backward passes an example", more, shown=progress)
     try:
         with keeping_flags(model):
             model.train().requires_grad_(False)

@@ -8,6 +8,7 @@ from torch import nn
 
 from llava_patch.core.errors import InputError, SettingError
 from llava_patch.core.files import track
+from llava_patch.core.terminal import how_many, say_cost
 from llava_patch.hosts import zero
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements.reach import gradients
@@ -56,6 +57,9 @@ def measure_reach(
             "checkpoint outside DeepSpeed"
         )
     arrivals, side, losses = gradients.Arrivals(), gradients.SideOutput(), []
+    say_cost(
+        "gradient reach", how_many(samples, settings.samples), "a forward and a backward pass each", shown=progress
+    )
     with gradients.training_step(anatomy, settings.everything):
         parameters = dict(anatomy.model.named_parameters())
         asking = {name for name, parameter in parameters.items() if parameter.requires_grad}

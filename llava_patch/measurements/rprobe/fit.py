@@ -19,12 +19,14 @@ from llava_patch.core import parallel
 from llava_patch.core.errors import InputError, LlavaPatchError
 from llava_patch.core.locks import folder_lock
 from llava_patch.core.memory import float32_default
+from llava_patch.core.terminal import counted, say_cost
 from llava_patch.data.pages import Pages
 from llava_patch.hosts.anatomy import find
 from llava_patch.measurements.rprobe.bootstrap import FEW
 from llava_patch.measurements.rprobe.error_map import error_maps
 from llava_patch.measurements.rprobe.evaluate import check_shown, evaluate
 from llava_patch.measurements.rprobe.keys import difference, make_key, trained_on
+from llava_patch.measurements.rprobe.output import written
 from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.rprobe.resume import TrainingFolder
 from llava_patch.measurements.rprobe.settings import RProbe
@@ -50,6 +52,7 @@ def run_rprobe(
     progress: bool = True,
     work: str | Path | None = None,
     show: Sequence[str] = (),
+    again: bool = False,
 ) -> RProbeResult:
     """Measure how well pixels can be rebuilt from a model's projected visual tokens.
 
@@ -69,15 +72,18 @@ def run_rprobe(
         progress: show progress bars on standard error.
         work: folder for the state of training every `settings.save_every` steps. Called again after an interruption,
             the run goes on from there and ends with the same numbers; when training has ended, the state gives way to
-            `decoder.safetensors`, with which the same run is evaluated again without training. None: nothing is kept.
+            `decoder.safetensors`, with which the same run is evaluated again without training, until `write_run` takes
+            it away (not with `settings.keep_decoder`). Then the same run gives what `write_run` wrote. None: nothing is
+            kept.
         show: ids of held-out samples that become examples for figures; empty: `settings.examples` of them.
+        again: train although `work` holds the same run's result.
 
     Raises:
         HostError: a model that is not known, or whose LLM has fewer than 4 layers.
         InputError: a sample that cannot be used (named in the message), or all held-out documents are trained on.
         SettingError: the decoder does not fit into the device's memory, or `trained = "lora"` without peft.
-        CheckpointError: `work` holds an unfinished training of another model, data set or settings, or another run
-            works in it.
+        CheckpointError: `work` holds an unfinished training of another model, data set or settings, another run works
+            in it, or it holds the same run's result and what is asked for needs the decoder, which was not kept.
         LlavaPatchError: the training loss is not finite.
         PeerError: another process of the run failed.
     """
@@ -104,6 +110,12 @@ def run_rprobe(
             if shared:
                 early.append(f"{len(shared)} of {n_documents} held-out documents are trained on, such as {shared[0]}")
         _warn(early)
+        count, steps = sum(len(part) for part in chosen), counted(settings.steps, "step")
+        say_cost(
+            "R-Probe", f"{counted(count, 'sample')}, whose images pass the vision tower once unless they are kept",
+            f"then {steps} of {settings.batch_size} on a decoder of {quarter(len(anatomy.layers))} layers",
+            shown=progress,
+        )  # fmt: skip
         train, held = (
             freeze_samples(encoder, part, settings, progress, label)
             for part, label in zip(chosen, ("training samples", "held-out samples"), strict=True)
@@ -122,6 +134,11 @@ def run_rprobe(
                 raise LlavaPatchError(f"R-Probe: process {number} and process 0 do not run the same: {found}")
         decoder.start_at(train.target_mean)
         state = None if folder is None else TrainingFolder(folder, key)
+        before = None
+        if folder is not None and not again and parallel.rank() == 0:
+            before = written(folder, key, held.key, settings, show)
+        if (before := parallel.exchange(before)[0]) is not None:
+            return before
         losses = _trained(decoder, train, settings, lr, progress, state)
         trained = time.perf_counter()
         figures = evaluate(decoder, held, train.target_mean, transform, settings, show)
@@ -149,6 +166,7 @@ def run_rprobe(
                 "cut": len(losses) < settings.steps,
                 "processes": parallel.world(),
                 "key": key,
+                "heldout_key": held.key,
                 "image_tokens": train.grid.tokens,
                 "pixels_per_token": train.grid.pixels,
                 "train_samples": len(train),

@@ -218,6 +218,7 @@ def described(thing: Any) -> Any:
 # What does not change a trained decoder; what belongs to the data is in the data's own key as well.
 _NOT_TRAINING = {
     "threshold", "examples", "maps", "resamples", "store", "store_gb", "save_every", "minutes", "heldout_pages",
+    "keep_decoder",
 }  # fmt: skip
 _MEANING = {
     "decoder": "the decoder belongs to another model (its first layers' weights)",

@@ -22,8 +22,9 @@ class RProbeMeasurement(Measurement):
     Every setting of RProbe can be bound with --gin-param; options of the
     command line win over bindings, and bindings over defaults.
 
-    OUTPUT gets rprobe.json, rprobe.png, map-N.png and decoder.safetensors;
-    with --ablation a folder with these for each of the four runs, and
+    OUTPUT gets rprobe.json, rprobe.png, map-N.png and, with --keep-decoder,
+    decoder.safetensors (6.4 GB at 7B), which other figures of the same run
+    need; with --ablation a folder with these for each of the four runs, and
     ablation.json and ablation.md. A folder with results of another checkpoint
     is refused: without --output, checkpoints of one folder name share one.
 
@@ -41,7 +42,7 @@ class RProbeMeasurement(Measurement):
     words: ClassVar = {"masked": "--masked/--full"}
     aside = (
         "RProbe.store", "RProbe.store_gb", "RProbe.save_every", "RProbe.minutes", "RProbe.examples", "RProbe.maps",
-        "RProbe.resamples", "--show",
+        "RProbe.resamples", "RProbe.keep_decoder", "--show",
     )  # fmt: skip
     sources = ("--heldout",)
 
@@ -51,6 +52,7 @@ class RProbeMeasurement(Measurement):
         settings: RProbe,
         folder: Path | None = None,
         sources: Sources | None = None,
+        again: bool = False,
         *,
         heldout: str = "",
         show: list[str] | None = None,
@@ -62,6 +64,7 @@ class RProbeMeasurement(Measurement):
             settings: of the probe.
             folder: of the state from which an interrupted run goes on, and of the finished decoder; None: nowhere.
             sources: both data, where they are read already.
+            again: train although the folder holds this run's result.
             heldout: data to measure on, like DATA; default: a share of DATA's documents.
             show: id of a held-out sample to draw; may be repeated; default: spread over the errors.
         """
@@ -71,7 +74,9 @@ class RProbeMeasurement(Measurement):
         samples, measured = sources or (read(target.data, settings), read(heldout, settings))
         one = target.subject
         parts = one.model, one.image_processor, one.tokenizer
-        result = run_rprobe(*parts, settings, samples, measured, work=folder, show=show or ())
+        result = run_rprobe(*parts, settings, samples, measured, work=folder, show=show or (), again=again)
+        if result.kept:
+            return result
         named = {"source": resolve_source(target.data), "heldout_source": resolve_source(heldout)}
         return dataclasses.replace(result, facts={**result.facts, "base": target.below, **named})
 

@@ -101,6 +101,7 @@ class RProbeResult(Result):
         warnings: what the user was warned of.
         examples: reconstructions for figures; not part of the JSON.
         maps: whole pages rebuilt piece by piece; not part of the JSON.
+        kept: it is read from the folder of the same run, which is finished and has its pictures; not part of the JSON.
     """
 
     NAME, TITLE, VERSION = "rprobe", "R-Probe", 2
@@ -127,6 +128,7 @@ class RProbeResult(Result):
     warnings: list[str]
     examples: list[Reconstruction] = field(default_factory=list, compare=False, metadata=NOT_WRITTEN)
     maps: list[ErrorMap] = field(default_factory=list, compare=False, metadata=NOT_WRITTEN)
+    kept: bool = field(default=False, compare=False, metadata=NOT_WRITTEN)
 
     def __repr__(self) -> str:
         return self.summary()

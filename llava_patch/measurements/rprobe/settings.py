@@ -60,6 +60,8 @@ class RProbe:
         store: keep frozen tokens on disk ($LLAVA_PATCH_CACHE), where the next run of model and data finds them.
         store_gb: size in GB that the stores on disk together do not exceed; the longest unused are deleted first.
         save_every: steps between two states from which an interrupted run goes on.
+        keep_decoder: leave the trained decoder beside the result (at 7B 6.4 GB), so that other figures of the same run
+            need no training.
         minutes: training ends at the first step after so many minutes (earlier starts of the run count too) and the
             result says so; None: after `steps`.
         resamples: bootstrap resamples behind a 95 % interval.
@@ -92,6 +94,7 @@ class RProbe:
     store: bool = True
     store_gb: float = 20.0
     save_every: int = 200
+    keep_decoder: bool = False
     minutes: float | None = None
     resamples: int = 2000
 
@@ -106,7 +109,7 @@ class RProbe:
         number("RProbe", "heldout_share", self.heldout_share, above=0, below=1)
         for name, choices in _CHOICES.items():
             choice("RProbe", name, getattr(self, name), choices)
-        for name in ("masked", "text", "store", "page"):
+        for name in ("masked", "text", "store", "page", "keep_decoder"):
             flag("RProbe", name, getattr(self, name))
         for name in ("text_height", "page") if self.image_mode != "window" else ():
             if getattr(self, name) != getattr(RProbe, name):

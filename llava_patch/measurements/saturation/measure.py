@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llava_patch.core import files
 from llava_patch.core.errors import CheckpointError, InputError, shown
 from llava_patch.core.stored import read_tensors_and_metadata
+from llava_patch.core.terminal import how_many, say_cost
 from llava_patch.data.examples import Example
 from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find
@@ -73,8 +74,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
             passes.run(anatomy, sample)
         image_kl, text_kl, answer_kl = trace.lens_kl(anatomy, seen, settings.chunk)
         # A routed or pruned model has taken the image away itself.
-        asked = settings.knockout is not False and patch_on(anatomy) is None
-        knocked = knock_out(anatomy, seen, settings.chunk) if asked else None
+        knocked = knock_out(anatomy, seen, settings.chunk) if _knocks_out(anatomy, settings) else None
 
     def together(values: dict[int, torch.Tensor]) -> list:
         """One transfer from the device."""
@@ -241,6 +241,10 @@ class State:
         self.path.unlink(missing_ok=True)
 
 
+def _knocks_out(anatomy: Anatomy, settings: Saturation) -> bool:
+    return settings.knockout is not False and patch_on(anatomy) is None
+
+
 def measure_saturation(
     model: nn.Module,
     samples: Iterable[dict[str, Any]],
@@ -276,6 +280,9 @@ def measure_saturation(
     rest: Any = samples
     if kept:
         rest = samples[kept:] if isinstance(samples, Sequence) else itertools.islice(samples, kept, None)
+    depth = len(anatomy.layers)
+    more = f"and {depth * (depth + 1) // 2:,} layer calls on its text" if _knocks_out(anatomy, settings) else ""
+    say_cost("saturation", how_many(rest, settings.max_samples), "a forward pass each", more, shown=progress)
     try:
         for sample in files.track(rest, "saturation", progress):
             if settings.max_samples is not None and done.samples >= settings.max_samples:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_patch.core.errors import LlavaPatchError
-from llava_patch.core.memory import machine_memory
 from llava_patch.core.version import __version__
 from llava_patch.fusion.base import Fusion, differs
 from llava_patch.settings.gin_config import Configuration
@@ -17,22 +16,33 @@ from llava_patch.tools.doctor import NOTE, PROBLEM, Row, configured, machine, so
 
 def examine(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
     """Look at everything."""
-    rows = [*software.check_packages(), *software.check_measured()]
-    broken = software.check_torch()
-    if broken is not None:
-        return [*rows, broken]
-    hosts = software.check_hosts()
+    return [*at_once(gin_file, gin_param), *by_importing(checkpoint, gin_file, gin_param)]
+
+
+def at_once(gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
+    """What is known without importing torch or a host: packages, what is configured, the disk."""
     hook = software.check_hook()
     asked, error = configured.read(gin_file, gin_param)
-    rows += [_supported(), software.check_torchvision()]
-    rows += [*hosts, *software.check_imports(), *software.check_attention(), hook]
-    rows += configured.check_configured(asked, error)
-    rows += configured.check_ignored(asked, hook)
-    rows += configured.check_deepspeed()
-    rows += [*machine.check_device(), *machine.check_memory(), machine.check_disk()]
+    return [
+        *software.check_packages(), *software.check_measured(), hook, *configured.check_configured(asked, error),
+        *configured.check_ignored(asked, hook), *configured.check_deepspeed(), machine.check_disk(),
+    ]  # fmt: skip
+
+
+def by_importing(checkpoint: str = "", gin_file: Sequence[str] = (), gin_param: Sequence[str] = ()) -> list[Row]:
+    """What only importing tells: whether torch and the hosts work, what commands import, the machine, a checkpoint."""
+    imports = software.start_imports()  # processes of their own, beside what this one imports
+    broken = software.check_torch()
+    if broken is not None:
+        software.stop_imports(imports)
+        return [broken]
+    hosts = software.check_hosts()
+    asked, _ = configured.read(gin_file, gin_param)
+    rows = [_supported(), software.check_torchvision(), *hosts, *software.check_attention()]
+    rows += [*machine.check_device(), *machine.check_memory()]
     if checkpoint:
         rows += check_checkpoint(checkpoint, asked, {row.what.removeprefix("host "): row for row in hosts})
-    return rows
+    return [*rows, *software.check_imports(imports)]
 
 
 def _supported() -> Row:
@@ -48,6 +58,7 @@ def _supported() -> Row:
 
 def check_checkpoint(checkpoint: str, asked: Configuration | None, hosts: dict[str, Row]) -> list[Row]:
     """Host, form, what a load would patch, and whether it fits."""
+    from llava_patch.core import memory
     from llava_patch.tools.inspect import inspect_checkpoint
     from llava_patch.tools.inspect.result import FORMS
 
@@ -68,7 +79,7 @@ def check_checkpoint(checkpoint: str, asked: Configuration | None, hosts: dict[s
     elif found.form == "adapter" and found.base and Path(found.base).is_absolute() and not Path(found.base).is_dir():
         where = f'change "base" in {Path(checkpoint) / "llava_patch.json"} to where it is now'
         rows.append(Row("checkpoint: base", f"{found.base} is not there", PROBLEM, where))
-    size, room = found.weight_bytes, machine_memory()
+    size, room = found.weight_bytes, memory.machine_memory()
     if room is not None and size > room:
         sizes = f"{size / 1e9:.1f} GB of weights, {room / 1e9:.0f} GB of memory"
         advice = "does not fit into main memory: load it on a GPU, or on a larger machine"

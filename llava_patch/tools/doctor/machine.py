@@ -3,7 +3,6 @@
 import os
 import shutil
 
-from llava_patch.core.memory import machine_memory
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.core.terminal import counted
 from llava_patch.tools.doctor import NOTE, OK, Row
@@ -45,12 +44,14 @@ def check_memory() -> list[Row]:
     """CPU threads, main memory and whether a 7B model fits."""
     import torch
 
+    from llava_patch.core import memory
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     idle = threads < cores
     advice = f"OMP_NUM_THREADS holds torch to {threads} of {cores} cores" if idle else ""
     rows = [Row("CPU", f"{counted(cores, 'core')}, {counted(threads, 'thread')}", NOTE if idle else OK, advice)]
-    size = machine_memory()
+    size = memory.machine_memory()
     if size is None:
         return rows
     state, fits = NOTE, f"a 7B model needs about {SEVEN_B:.0f} GB in half precision"

@@ -257,8 +257,8 @@ def check_measured() -> list[Row]:
     return rows or [Row("measured", f"every version as in {stack}.txt of scripts/locks")]
 
 
-def check_imports() -> list[Row]:
-    """Whether training and evaluation commands would find all that they import, now and in the middle of a run."""
+def start_imports() -> "dict[str, subprocess.Popen[str]]":
+    """Processes that import what the hosts' commands go through, by what those are for; see `check_imports`."""
     started = {}
     for command, names in TRIED.items():
         if any(importlib.util.find_spec(name.partition(".")[0]) is not None for name in names):
@@ -266,6 +266,18 @@ def check_imports() -> list[Row]:
                 [sys.executable, "-W", "ignore", "-m", "llava_patch.tools.doctor.imports", *names],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
+    return started
+
+
+def stop_imports(started: "dict[str, subprocess.Popen[str]]") -> None:
+    """End those processes, whose outcome nobody needs."""
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+def check_imports(started: "dict[str, subprocess.Popen[str]]") -> list[Row]:
+    """Whether training and evaluation commands would find all that they import, now and in the middle of a run."""
     return [row for command, process in started.items() for row in _outcome(command, process)]
 
 

@@ -20,8 +20,6 @@ from llava_patch.hosts import compat, configs
 from llava_patch.hosts.anatomy import LLAVA
 from llava_patch.hosts.host import is_computed
 from llava_patch.integrations.training.stage1 import PROJECTOR
-from llava_patch.patching import checkpoint as patched
-from llava_patch.patching.patch import patch
 from llava_patch.settings.methods import from_dict, from_record, to_dict
 from llava_patch.tools.inspect.result import KINDS, Added, Inspection, Match, Share
 
@@ -48,7 +46,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
     record = files.record or {}
     if not files.host and not record and not (Path(source) / f"{PROJECTOR}.bin").is_file():
         raise CheckpointError(
-            f"{source}: not a checkpoint, it holds neither {patched.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin"
+            f"{source}: not a checkpoint, it holds neither {records.SETTINGS_FILE} nor config.json nor {PROJECTOR}.bin"
             ": name the folder that has one of them"
         )
     host = files.host or LLAVA
@@ -91,14 +89,14 @@ def inspect_checkpoint(folder: str | os.PathLike[str], base: str = "") -> Inspec
 
 def _form(folder: Path, record: dict[str, Any]) -> tuple[str, list[Path]]:
     if record.get("form") == "adapter":
-        path = folder / patched.WEIGHTS_FILE
+        path = folder / records.WEIGHTS_FILE
         if not path.is_file():
             raise CheckpointError(
-                f"{folder}: {patched.WEIGHTS_FILE} is missing, which {patched.SETTINGS_FILE} goes with"
+                f"{folder}: {records.WEIGHTS_FILE} is missing, which {records.SETTINGS_FILE} goes with"
             )
         return "adapter", [path]
     if (folder / "adapter_config.json").is_file():
-        names = ("adapter_model.safetensors", "adapter_model.bin", patched.LORA_FILE)
+        names = ("adapter_model.safetensors", "adapter_model.bin", records.LORA_FILE)
         found = [folder / name for name in names if (folder / name).is_file()]
         if not any(p.name.startswith("adapter_model") for p in found):
             raise CheckpointError(f"{folder}: adapter_config.json without adapter_model.safetensors or .bin")
@@ -148,6 +146,8 @@ def _count(config: dict[str, Any], host: str, methods: dict[str, Any], stage1: b
 
     Where the settings say nothing it is as in LLaVA's stage 2: the vision tower is frozen, in `stage1` the decoder too.
     """
+    from llava_patch.patching.patch import patch  # seconds, which a stock checkpoint does not need
+
     model = configs.skeleton(config, host)
     handle = patch(model, **methods, loading=True)
     vision = handle.anatomy.vision_model

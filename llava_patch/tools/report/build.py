@@ -21,6 +21,7 @@ from llava_patch.core.extras import optional
 from llava_patch.core.files import digest, plain, write_json, write_text
 from llava_patch.core.paths import named
 from llava_patch.core.stored import read_object
+from llava_patch.core.terminal import counted, say_cost
 from llava_patch.core.version import __version__
 from llava_patch.core.weights import folder_of
 from llava_patch.data.readers.read import resolve_source
@@ -96,6 +97,9 @@ def build(
         _check_sections(before, context, chosen, folder / KEPT)
     records = {} if before is None else {record.name: record for record in before["sections"]}
     values: dict[str, Any] = {}
+    samples = context.settings.samples
+    about = f"up to {samples} samples each" if samples else "all samples of DATA each"
+    say_cost("report", counted(len(chosen), "section"), about, "each says its own cost before it starts")
     for number, section in enumerate(chosen, 1):
         kept, wanted = records.get(section.name), _key(section, context)
         holds = False  # skipped and failed sections have found nothing

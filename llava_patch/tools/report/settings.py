@@ -12,15 +12,17 @@ class Report:
     A measurement's own settings, where they are bound, win over these.
 
     Attributes:
-        samples: images for saturation, and for what is compared with the base.
+        samples: images for saturation, and for what is compared with the base; None: all.
         maps: images in the panel of attention maps.
         gradient_steps: batches over which gradients are decomposed.
     """
 
-    samples: int = 24
+    samples: int | None = 24
     maps: int = 3
     gradient_steps: int = 48
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if field.name == "samples" and self.samples is None:
+                continue
             integer("Report", field.name, getattr(self, field.name), 1)

@@ -3,16 +3,16 @@
 import contextlib
 import functools
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llava_patch.core.errors import RunError, SettingError
 from llava_patch.core.locks import folder_lock
-from llava_patch.core.terminal import show
+from llava_patch.core.terminal import counted, progress_bar, say_cost, show
 from llava_patch.integrations.training import trainer_folder
 from llava_patch.tools.sweep import process, record, summary
 from llava_patch.tools.sweep.figures import bubble_figure, sweep_figure
@@ -116,21 +116,20 @@ def _known(run: Run, evaluate: str | None, overwrite: bool, say: Callable[[str],
 def _run_all(
     runs: Sequence[Run], done: Sequence[summary.Result | None], evaluate: str | None, overwrite: bool
 ) -> list[summary.Result]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
-    with Progress(*columns, console=Console(stderr=True)) as progress, process.signals_interrupt():
-        task = progress.add_task("sweep", total=len(runs))
+    results, left = [], sum(known is None for known in done)
+    evaluated = "" if evaluate is None else "an evaluation after each"
+    say_cost("sweep", f"{left} of {counted(len(runs), 'run')} to do", evaluated)
+    with progress_bar(len(runs), "sweep", True) as bar, process.signals_interrupt():
+        say = functools.partial(bar.write, file=sys.stderr)
         for run, known in zip(runs, done, strict=True):
             if known is None:
-                progress.update(task, description=run.name)
-                say = functools.partial(progress.console.print, markup=False, highlight=False)
+                bar.set_description(run.name)
                 known = _attempt(run, evaluate, overwrite, say)
                 if known.error is not None:
-                    progress.console.print(f"[red]failed:[/red] {run.name}")
-                    progress.console.print(known.error, markup=False, highlight=False)
+                    say(f"failed: {run.name}\n{known.error}")
             results.append(known)
-            progress.advance(task)
-        progress.update(task, description="sweep")
+            bar.update()
+        bar.set_description("sweep")
     return results
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llava_patch.core.errors import BusyError, RunError, brief
 from llava_patch.core.files import storage_errors
+from llava_patch.core.locks import is_of
 
 _LOCK = ".lock"
 TAIL_LINES = 15
@@ -21,16 +22,34 @@ GRACE_SECONDS = 20
 def lock(folder: Path) -> Iterator[int]:
     """Hold a folder for one run; yields the descriptor of a locked file, for the command to inherit.
 
-    So the lock lasts as long as the command, though the sweep was killed, and none is started beside it. BusyError:
-    such a command still runs.
+    So the lock lasts as long as the command, though the sweep was killed, and none is started beside it. The file is
+    taken away when nobody holds it any more. BusyError: such a command still runs.
     """
     with storage_errors(folder / _LOCK):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _locked(folder)
     try:
-        _take(descriptor, folder)
         yield descriptor
     finally:
+        os.close(descriptor)
+        with contextlib.suppress(BusyError, OSError):  # opened anew: a worker that is left holds the old one
+            last = _locked(folder)
+            (folder / _LOCK).unlink()
+            os.close(last)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor of the folder's file, locked; BusyError: somebody else holds it."""
+    while True:
+        with storage_errors(folder / _LOCK):
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(descriptor, folder)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if is_of(descriptor, folder / _LOCK):  # else its last holder has just taken the file away
+            return descriptor
         os.close(descriptor)
 
 

@@ -29,8 +29,8 @@ def scans(tmp_path):
 
 def test_preview_counts_and_draws(scans, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    output = tmp_path / "p.png"
-    result = run("preview", scans, "--size", 56, "--count", 2, "--output", output)
+    output = tmp_path / "p" / "preview.png"
+    result = run("preview", scans, "--size", 56, "--samples", 2, "--output", output.parent)
     assert result.exit_code == 0
     shown = " ".join(result.output.split())
     for words in ("read as │ icdar", "documents │ 2", "samples │ 8", "regions without transcript │ 2", "skipped │ 0"):
@@ -39,21 +39,22 @@ def test_preview_counts_and_draws(scans, tmp_path, monkeypatch):
 
 
 def test_preview_of_pages_and_of_what_is_skipped(scans, tmp_path):
-    output = tmp_path / "p.png"
-    result = run("preview", "--size", 56, "--samples", "page-train-0-3", "--output", output)
+    output = tmp_path / "p" / "preview.png"
+    result = run("preview", "--size", 56, "--show", "page-train-0-3", "--output", output.parent)
     assert "16 rendered pages" in result.output
     assert output.stat().st_size > 1000
     (scans / "a.txt").write_text("5,5,90,20,fine\n5,5,900,20,far off")
     with pytest.raises(InputError, match=r"a.txt:2: box"):
-        run("preview", scans, "--output", output)
-    result = run("preview", scans, "--broken", "skip", "--count", 1, "--output", output)
+        run("preview", scans, "--output", output.parent)
+    result = run("preview", scans, "--broken", "skip", "--samples", 1, "--output", output.parent)
     assert "skipped: " in result.output
     assert "a.txt:2: box" in result.output
 
 
 def test_preview_refuses_before_it_reads(tmp_path):
     for arguments, words in (
-        (["--output", "p.jpg"], "--output p.jpg: expected a .png"),
+        (["--output", "p.png"], "--output p.png: a folder is named with it, which gets preview.png"),
+        (["a", "--data", "b"], "--data b: DATA is given already: a"),
         (["--image-mode", "squeeze"], "--image-mode squeeze: expected one of"),
         (["--boxes-per-sample", 2], "rendered pages have one region each"),
         (["--text-height", 2], 'RProbe.text_height = 2.0: expected image_mode = "window"'),
@@ -75,7 +76,7 @@ def test_export(scans, tmp_path):
     assert [s.boxes for s in read_samples(out)] == [s.boxes for s in read_samples(scans, boxes_per_sample=3)]
     with pytest.raises(SettingError, match=r"expected a .jsonl file"):
         run("export", scans, tmp_path / "all.csv")
-    with pytest.raises(SettingError, match=r"all.jsonl: is there already: .*--force"):
+    with pytest.raises(SettingError, match=r"all.jsonl: is there already: .*--overwrite"):
         run("export", scans, out)
     assert len(out.read_text().splitlines()) == 4
     (tmp_path / "few").mkdir()
@@ -86,23 +87,25 @@ def test_export(scans, tmp_path):
     run("export", tmp_path / "few", tmp_path / "few.jsonl", "--force")
     (scans / "b.txt").write_text("not a line")
     with pytest.raises(InputError, match=r"b.txt:1"):
-        run("export", scans, out, "--force")
+        run("export", scans, out, "--overwrite")
     assert len(out.read_text().splitlines()) == 4  # what was there is untouched
 
 
 def test_preview_skips_a_file_that_breaks_off(scans, tmp_path):
     Image.effect_noise((120, 300), 90).save(scans / "b.png")
     (scans / "b.png").write_bytes((scans / "b.png").read_bytes()[:3000])
-    arguments = ["preview", scans, "--size", 56, "--output", tmp_path / "p.png"]
+    arguments = ["preview", scans, "--size", 56, "--output", tmp_path / "p"]
     with pytest.raises(InputError, match=r"b.txt:1: image .*b.png cannot be read"):
-        run(*arguments, "--samples", "0,4")
-    assert "b.txt:1: image" in run(*arguments, "--samples", "0,4", "--broken", "skip").output.replace("\n", "")
-    assert (tmp_path / "p.png").is_file()
+        run(*arguments, "--show", "0", "--show", "4")
+    assert "b.txt:1: image" in run(*arguments, "--show", "0", "--show", "4", "--broken", "skip").output.replace(
+        "\n", ""
+    )
+    assert (tmp_path / "p" / "preview.png").is_file()
 
 
 def test_preview_of_windows(scans, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    where = ["preview", scans, "--size", 56, "--count", 1, "--output", tmp_path / "p.png"]
+    where = ["preview", scans, "--size", 56, "--samples", 1, "--output", tmp_path / "p"]
     shown = [
         " ".join(run(*where, *more).output.split()) for more in ((), ("--image-mode", "window", "--text-height", 1))
     ]

@@ -45,13 +45,30 @@ def rprobe(*words, fails=None):
     return done.output
 
 
-def test_one_probe_writes_result_figure_and_decoder(checkpoint, tmp_path):
+def test_one_probe_writes_result_and_figures_and_the_decoder_where_it_is_asked_for(checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    out = rprobe(checkpoint, *QUICK, "--masked", "--no-text", "--output", folder)
+    words = (checkpoint, *QUICK, "--masked", "--no-text", "--output", folder)
+    out = rprobe(*words)
     assert "R-Probe: held-out MSE" in out and str(folder / "rprobe.json") in out
-    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
-        "decoder.safetensors", "map-1.png", "map-2.png", "rprobe.json", "rprobe.png",
-    ]  # fmt: skip
+    files = ["map-1.png", "map-2.png", "rprobe.json", "rprobe.png"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    before = {name: (folder / name).read_bytes() for name in files}
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "train_probe", lambda *args: pytest.fail("it trained again"))
+        assert "rprobe.json: measured before" in rprobe(*words)
+        for more, needs in (
+            (("--show", "page-heldout-0-1"), "--show page-heldout-0-1"),
+            (("--examples", 3), "RProbe.examples = 3"),
+            (("--keep-decoder",), "RProbe.keep_decoder = True"),
+            (("--format", "pdf"), "a figure in pdf"),
+        ):
+            said = rprobe(*words, *more, fails=CheckpointError)
+            assert f"{needs} needs its decoder, which was not kept" in said and "--overwrite" in said
+    assert {name: (folder / name).read_bytes() for name in files} == before
+    rprobe(*words, "--keep-decoder", "--overwrite")
+    assert sorted(p.name for p in folder.iterdir()) == ["decoder.safetensors", *files]
+    monkeypatch.setattr(fit, "train_probe", lambda *args: pytest.fail("it trained again"))
+    rprobe(*words, "--keep-decoder", "--show", "page-heldout-0-1")
     written = json.loads((folder / "rprobe.json").read_text())
     settings = written["settings"]
     assert (settings["masked"], settings["text"], settings["steps"]) == (True, False, 4)
@@ -63,19 +80,21 @@ def test_results_of_another_checkpoint_are_not_replaced(checkpoint, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, tmp_path / "elsewhere" / checkpoint.name)
     rprobe(checkpoint, *QUICK)
-    before = (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes()
+    before = (tmp_path / "llava_patch_out" / "rprobe" / "model" / "rprobe.json").read_bytes()
     for more in ((), ("--ablation",)):
         message = rprobe(f"elsewhere/{checkpoint.name}", *QUICK, *more, fails=CheckpointError)
         assert str(checkpoint.resolve()) in message and "--output" in message
     message = rprobe(checkpoint, *QUICK, "--gin-param", "SkipLinks.layers = (1,)", fails=CheckpointError)
     assert "without a patch of gin, not of" in message and "SkipLinks(" in message
-    assert (tmp_path / "rprobe" / "model" / "rprobe.json").read_bytes() == before
+    assert (tmp_path / "llava_patch_out" / "rprobe" / "model" / "rprobe.json").read_bytes() == before
     rprobe(os.path.relpath(checkpoint), *QUICK)  # the same one by another path
-    check_folder(tmp_path / "rprobe" / "model", str(checkpoint), {}, True)  # beside this one
+    check_folder(tmp_path / "llava_patch_out" / "rprobe" / "model", str(checkpoint), {}, True)  # beside this one
     message = rprobe(checkpoint, *QUICK, "--gin-param", "RProbe.threshold = 0.5", fails=CheckpointError)
     assert "RProbe.threshold = 0.75 there, 0.5 here" in message and "--overwrite" in message
     rprobe(checkpoint, *QUICK, "--gin-param", "RProbe.threshold = 0.5", "--overwrite")
-    assert json.loads((tmp_path / "rprobe" / "model" / "rprobe.json").read_text())["threshold"] == 0.5
+    assert (
+        json.loads((tmp_path / "llava_patch_out" / "rprobe" / "model" / "rprobe.json").read_text())["threshold"] == 0.5
+    )
 
 
 def test_a_second_command_in_the_same_folder_is_refused(checkpoint, tmp_path):

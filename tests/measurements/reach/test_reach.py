@@ -346,13 +346,13 @@ def test_the_command(tmp_path, monkeypatch):
 
     done = run("--samples", "1")
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "wrote reach/model/reach.png" in done.output and "stock:" in done.output
+    assert "wrote llava_patch_out/reach/model/reach.png" in done.output and "stock:" in done.output
     done = run("--variants", "lf,pc", "--split", "2")
     assert "LF 1, PC 3" in done.output and get_handle(model) is None
-    assert json.loads((tmp_path / "reach/model/reach_variants.json").read_text())["facts"]["checkpoint"] == str(
-        tmp_path / "model"
-    )
-    other = CliRunner().invoke(app, ["reach", "other", "--output", "reach/model"])
+    assert json.loads((tmp_path / "llava_patch_out/reach/model/reach_variants.json").read_text())["facts"][
+        "checkpoint"
+    ] == str(tmp_path / "model")
+    other = CliRunner().invoke(app, ["reach", "other", "--output", "llava_patch_out/reach/model"])
     assert isinstance(other.exception, LlavaPatchError)
     assert f"holds the results of {tmp_path / 'model'}, not of {tmp_path / 'other'}" in str(other.exception)
     assert "--split 2 belongs to --variants" in str(run("--split", "2").exception)

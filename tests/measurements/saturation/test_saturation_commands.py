@@ -50,7 +50,7 @@ def run(*words: Any, fails: Any = None, code: int = 0) -> str:
 def test_one_checkpoint_in_short(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     out = run(models / "stock", "--samples", 2)
-    folder = Path("saturation/stock")
+    folder = Path("llava_patch_out/saturation/stock")
     assert "(2 samples)" in out and f"wrote {folder / 'saturation.json'}" in out
     assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == ["saturation.json", "saturation.png"]
     values = json.loads((folder / "saturation.json").read_text())
@@ -59,7 +59,7 @@ def test_one_checkpoint_in_short(models: Path, tmp_path: Path, monkeypatch: Any)
     said = run("run", models / "routed", "--samples", 1, "--output", folder, fails=CheckpointError)
     assert "holds the results of" in said and "--output" in said
     out = run(models / "routed", "--samples", 1, "--gin-param", "Saturation.chunk = 7")
-    values = json.loads(Path("saturation/routed/saturation.json").read_text())
+    values = json.loads(Path("llava_patch_out/saturation/routed/saturation.json").read_text())
     assert values["patch"]["split"] == 2 and values["patch"]["prune_at"] == 1 and values["settings"]["chunk"] == 7
     assert "routed (lf, split 2) and pruned" in out.replace("\n", " ")
 

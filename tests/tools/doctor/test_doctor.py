@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from llava_patch import Routing, SkipLinks, patch
 from llava_patch.cli import main as cli
 from llava_patch.cli.main import app
+from llava_patch.core import memory
 from llava_patch.core.paths import locks_dir
 from llava_patch.hosts import compat
 from llava_patch.integrations import import_hook as autostart
@@ -34,7 +35,7 @@ def _row(rows, what):
 @pytest.fixture
 def no_imports(monkeypatch):
     """Leave out what takes seconds, and `test_all_is_well_here` tries for real."""
-    monkeypatch.setattr(software, "check_imports", list)
+    monkeypatch.setattr(software, "start_imports", dict)
 
 
 def _run(*arguments, **environment):
@@ -310,7 +311,7 @@ def test_gpus(monkeypatch, capability, bf16, gigabytes, state, advice, fits):
     "gigabytes, state, advice", [(8, NOTE, "needs about 14"), (24, NOTE, "not in float32"), (64, OK, "float32 too")]
 )
 def test_memory_for_7b(monkeypatch, gigabytes, state, advice):
-    monkeypatch.setattr(machine, "machine_memory", lambda: gigabytes * 10**9)
+    monkeypatch.setattr(memory, "machine_memory", lambda: gigabytes * 10**9)
     row = _row(machine.check_memory(), "memory")
     assert row.state == state and advice in row.advice
 
@@ -369,7 +370,7 @@ def test_checkpoints_that_cannot_work(no_imports, adapter, tmp_path, monkeypatch
     assert row.state == PROBLEM and '"base"' in row.advice
     hosts = {"hf": Row("host hf", "cannot be imported", PROBLEM, "reinstall transformers")}
     assert _row(examine_module.check_checkpoint(str(adapter), None, hosts), "checkpoint: host").state == PROBLEM
-    monkeypatch.setattr(examine_module, "machine_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "machine_memory", lambda: 1000)
     assert "does not fit" in _row(examine_module.check_checkpoint(str(adapter), None, {}), "checkpoint: memory").advice
 
 

@@ -141,7 +141,7 @@ def test_every_command_is_tried_in_a_process_of_its_own(host, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host), os.environ.get("PYTHONPATH", "")]))
     tried = {"good": ("there", "there.inner"), "bad": ("a_host.run",), "absent": ("not_installed_either",)}
     monkeypatch.setattr(software, "TRIED", tried)
-    rows = {row.what: row for row in software.check_imports()}
+    rows = {row.what: row for row in software.check_imports(software.start_imports())}
     assert rows.pop("imports: good").found == "all there"
     assert len(rows) == 2 and all(row.state == PROBLEM for row in rows.values())
     assert "a_host" not in sys.modules
@@ -153,7 +153,7 @@ def test_a_command_whose_import_ends_the_interpreter(host, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(host), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(software, "TRIED", {"bad": ("there.inner",)})
-    [row] = software.check_imports()
+    [row] = software.check_imports(software.start_imports())
     assert row.state == PROBLEM and row.found == "last words"
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from llava_patch.core.errors import CheckpointError, LlavaPatchError, SettingError, StorageError
 from llava_patch.core.files import write_json
-from llava_patch.core.locks import FileLock
+from llava_patch.core.locks import LOCK_FILE, FileLock, held
 from llava_patch.core.paths import VARIABLE, cache_folder
 from llava_patch.core.stored import read_object
 from llava_patch.measurements.rprobe.store.shard import DamagedShard, Shard, open_shard, write_shard
@@ -74,19 +74,16 @@ def list_stores(root: Path) -> list[Kept]:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Only one process at a time enters or deletes stores."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".lock")
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise StorageError(
-            f"R-Probe's store {root} cannot be written or locked ({error}): set {VARIABLE} to a folder where that is "
-            "possible, or RProbe.store = False"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(root / LOCK_FILE))
+        except (OSError, NotImplementedError) as error:
+            raise StorageError(
+                f"R-Probe's store {root} cannot be written or locked ({error}): set {VARIABLE} to a folder where that "
+                "is possible, or RProbe.store = False"
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def in_use(folder: Path) -> bool:
@@ -189,7 +186,7 @@ class Store:
         locks, path = self.folder / "locks", self.path(number)
         locks.mkdir(exist_ok=True)
         try:
-            with FileLock(locks / f"{number:05d}.lock", timeout=-1 if waits else 0):
+            with held(locks / f"{number:05d}.lock", -1 if waits else 0):
                 if (there := self.open(number)) is not None:
                     return there
                 for leftover in self.folder.glob(f".{path.stem}-*"):  # of a process that died
