@@ -57,7 +57,14 @@ def find(model: Any) -> Anatomy:
 
 
 def get_handle(model: nn.Module) -> Any:
-    """The `patching.handle.Handle` of a patched model, also inside DDP, DeepSpeed, torch.compile or peft; else None."""
+    """The handle of a patched model.
+
+    Args:
+        model: also wrapped by DDP, DeepSpeed, torch.compile or peft.
+
+    Returns:
+        Its `patching.handle.Handle`, the one that `patch` returned; None: the model is not patched.
+    """
     return vars(unwrap(model)).get(HANDLE)
 
 

@@ -164,7 +164,20 @@ class ProbeComparison(Comparison):
 def compare_probes(
     results: Mapping[str, RProbeResult], baseline: str = "", resamples: int = 2000, seed: int = 0
 ) -> ProbeComparison:
-    """One table with intervals, one figure, and what keeps results from being compared with the baseline (first)."""
+    """One table with intervals, one figure, and what keeps results from being compared with the baseline.
+
+    Args:
+        results: R-Probe results by the name that the table gives them.
+        baseline: the name of the one that the others are compared with; "": the first.
+        resamples: bootstrap resamples behind an interval, of held-out documents.
+        seed: of the bootstrap.
+
+    Returns:
+        The comparison; a row whose documents are not the baseline's has no difference and says why.
+
+    Raises:
+        SettingError: `baseline` is none of the names.
+    """
     baseline = baseline or next(iter(results))
     if baseline not in results:
         raise SettingError(f"--baseline {baseline}: expected one of {', '.join(results)}")
