@@ -55,6 +55,8 @@ class Measurement:
     name: ClassVar[str]
     title: ClassVar[str]  # heading of the report's section
     about: ClassVar[str]  # the report's paragraph: what is measured, and how to read it
+    # What the report explains of it, with equation and source, by the name under which its sentences say it.
+    terms: ClassVar[dict[str, str]] = {}
     alt: ClassVar[str] = ""  # what the figure shows, in words, for who cannot see it
     # Frozen dataclass that gin binds under its own name; None: all options are of the command. Its field `samples`, or
     # `max_samples`, is --samples, and its field `base` is what --base says unless it is bound.
@@ -194,9 +196,17 @@ class Result:
     # What was measured, such as checkpoint, data and precision; plain JSON values.
     facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
+    def finding(self) -> str:
+        """One sentence that a reader can act on; it begins with "Undecided" where the data do not say; "": none."""
+        return ""
+
     def summary(self) -> str:
-        """What was found, in a sentence or two."""
+        """What was found, in a sentence or two: the numbers."""
         raise NotImplementedError
+
+    def caution(self) -> str:
+        """What the finding does not say, in a sentence or two; "": nothing."""
+        return ""
 
     def table(self) -> Table:
         """Head and rows."""
@@ -258,7 +268,7 @@ class Result:
 
     def check(self) -> None:
         """Raise one of `DAMAGED` where the fields are of their types and yet no result: here, what is told of them."""
-        for told in (self.summary, self.table):
+        for told in (self.finding, self.summary, self.caution, self.table):
             with contextlib.suppress(NotImplementedError):
                 told()
 

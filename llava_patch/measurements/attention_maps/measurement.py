@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CLS, MEAN = "CLS token", "mean over patches"
 WHOLE, OVERVIEW = "whole image", "overview tile"
+EVEN, ALIKE = 0.9, 0.8
+"""Share of the patches above which a map is even, and correlation above which two are alike: this project's choice."""
 CELL, HEAD = 1.35, 0.75  # inches: side of a picture, and what titles and the bar take
 
 
@@ -155,6 +157,32 @@ class AttentionMapsResult(Result):
             patches = f"{one.effective_patches():.1f} of {one.scores(0).numel()}"
             rows.append([one.checkpoint, one.query, f"{entropy:.3f}", patches, like])
         return ["checkpoint", "query", "entropy", "effective patches", "like 1st"], rows
+
+    def finding(self) -> str:
+        """How narrowly the block looks, and whether the first two checkpoints look alike; the bounds are our choice."""
+        first = self.checkpoints[0]
+        share = first.effective_patches() / first.scores(0).numel()
+        how = "at the whole image alike" if share > EVEN else f"at about {share:.0%} of the image"
+        text = f"Block {first.block} looks {how}"
+        known = [] if len(self.checkpoints) < 2 else [v for v in self.correlations(1) if not math.isnan(v)]
+        if not known:
+            return f"{text}."
+        other, low, high = self.checkpoints[1].checkpoint, min(known), max(known)
+        alike = f"; whether {other} looks at the same places is undecided"
+        if low > ALIKE:
+            alike = f", and {other} at the same places"
+        elif high < ALIKE:
+            alike = f", and {other} at other places"
+        return f"{text}{alike}."
+
+    def caution(self) -> str:
+        """What a map does not say."""
+        counts = [math.exp(value) for value in self.checkpoints[0].entropies()]
+        return (
+            f"Over these images the effective patches go from {min(counts):.1f} to {max(counts):.1f}. Where a "
+            f"block looks "
+            "is not what reaches the language model: R-Probe measures that."
+        )
 
     def summary(self) -> str:
         """What was found, in a sentence a checkpoint."""

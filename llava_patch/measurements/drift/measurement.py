@@ -98,15 +98,41 @@ class DriftResult(Result):
         rows = [[name, *(f"{v:.6f}" for v in values)] for name, *values in zip(names, *medians, *lows, strict=True)]
         return ["layer", "image", "text", "image, worst 5 %", "text, worst 5 %"], rows
 
+    def finding(self) -> str:
+        """Whether the lower layers are the base's, and where a change comes from."""
+        kinds = {"image": self.image, "text": self.text}
+        kind, worst = min(kinds.items(), key=lambda item: min(item[1].median))
+        lowest = min(worst.median)
+        if self._same():
+            return "The lower layers are the base's: nothing has drifted."
+        if lowest == 1.0:
+            return "Undecided: half of the positions are the base's exactly, but some are not (worst 5 % in the table)."
+        layer, brought = worst.median.index(lowest), 1 - worst.input >= (1 - lowest) / 2
+        source = {"image": "the vision tower and the projector", "text": "the token embeddings"}[kind]
+        where = f"most of it comes in from {source}" if brought else "most of it arises in the decoder's layers"
+        return f"The lower layers have drifted, most at {kind} positions of layer {layer}; {where}."
+
+    def caution(self) -> str:
+        """What a cosine does not say."""
+        return "" if self._same() else "That states turned does not say that answers got worse: judge both on a task."
+
+    def _same(self) -> bool:
+        """Whether every cosine that is known is 1."""
+        curves = (self.image, self.text)
+        return min(v for c in curves for v in (*c.median, *c.low, c.input_low)) == 1.0
+
     def summary(self) -> str:
         """What was found, in one or two sentences."""
         image, text = (min(curves.median) for curves in (self.image, self.text))
         over = f"over {self.samples} samples, layers 0..{self.layers - 1}"
-        if min(image, text, *self.image.low, *self.text.low, self.image.input_low, self.text.input_low) == 1.0:
+        if self._same():
             return f"No drift: hidden states are the base's, cosine 1 at image and text positions, {over}."
         return (
             f"Lowest median cosine with the base: image {image:.6f} (layer {self.image.median.index(image)}), text "
-            f"{text:.6f} (layer {self.text.median.index(text)}), {over}. At the input of layer 0: image "
+            f"{text:.6f} (layer {self.text.median.index(text)}), {over}; 5 % of the positions lie below "
+            f"{self.image.low[self.image.median.index(image)]:.6f} and "
+            f"{self.text.low[self.text.median.index(text)]:.6f} "
+            "there. At the input of layer 0: image "
             f"{self.image.input:.6f}, text {self.text.input:.6f}."
         )
 

@@ -85,7 +85,14 @@ class DecoderPositions:
 
 
 def decoder_positions(
-    program: LayerSchedule, text: int, images: int, mode: Mode, *, answers_last_only: bool = True, tiles: int = 1
+    program: LayerSchedule,
+    text: int,
+    images: int,
+    mode: Mode,
+    *,
+    answers_last_only: bool = True,
+    tiles: int = 1,
+    lean: bool = True,
 ) -> DecoderPositions:
     """What each layer works on, for a prompt whose image is followed by text.
 
@@ -101,10 +108,12 @@ def decoder_positions(
         answers_last_only: whether the stock model's head answers at the prompt's last position alone (Hugging Face's
             generation asks for that; llava's forward answers everywhere).
         tiles: images (or tiles) of a sample, each of which has its own tokens left by a pruning in the vision tower.
+        lean: whether the prefill's last layer answers at the last position alone, as ours does; False: what the routing
+            saves without that.
     """
     routed = images > 0 and program.leaves_out
     last, late_fusion = program.n_layers - 1, program.late_fusion
-    last_token_only = mode is Mode.PREFILL and routed
+    last_token_only = mode is Mode.PREFILL and routed and lean
     pruning = program.pruning if images else None
     here, layers, choosers, at_split = images, [], [], images
     for number, does in enumerate(program.modes):
@@ -132,7 +141,7 @@ def decoder_positions(
     elif routed and program.split < program.n_layers and at_split:
         side = (Positions(at_split, at_split, at_split),) * program.side_layers
     answered = text + images
-    if mode is Mode.DECODE or (mode is Mode.PREFILL and (routed or answers_last_only)):
+    if mode is Mode.DECODE or (mode is Mode.PREFILL and (last_token_only or answers_last_only)):
         answered = 1
     return DecoderPositions(tuple(layers), side, tuple(choosers), answered, at_split)
 
@@ -239,14 +248,18 @@ def program_of(shape: ModelShape, routing: Routing | None, pruning: Pruning | No
     return make_schedule(routing, pruning, shape.decoder.layers)
 
 
-def count_flops(shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD) -> Flops:
-    """FLOPs of one pass of a model over a prompt, where `program` (see `program_of`) says what its layers do."""
+def count_flops(
+    shape: ModelShape, program: LayerSchedule, prompt: Prompt, mode: Mode = Mode.FORWARD, lean: bool = True
+) -> Flops:
+    """FLOPs of one pass of a model over a prompt, where `program` (see `program_of`) says what its layers do.
+
+    `lean` as in `decoder_positions`.
+    """
     decoder, batch = shape.decoder, prompt.batch
     brought = prompt.images(shape.projected)
     images = 0 if mode is Mode.DECODE else brought
-    at = decoder_positions(
-        program, prompt.text, prompt.image, mode, answers_last_only=shape.host == HF, tiles=brought // batch
-    )
+    last, tiles = shape.host == HF, brought // batch
+    at = decoder_positions(program, prompt.text, prompt.image, mode, answers_last_only=last, tiles=tiles, lean=lean)
 
     def layer(position: Positions, times: int = 1) -> LayerFlops:
         parts = layer_products(decoder, position, batch).items()

@@ -102,6 +102,36 @@ class FlopsResult(Result):
         """Share of the stock model's FLOPs that a row saves: "forward", "prefill" or "decode"."""
         return 1 - getattr(row, mode).total / getattr(self.rows[prompt][0], mode).total
 
+    def saved_by_routing(self, row: Row, prompt: int = 0) -> float:
+        """Share of the stock prefill that a row saves without answering at the last position alone.
+
+        What `saved(row, "prefill")` says besides comes from that position, not from where image tokens go.
+        """
+        program = count.program_of(self.shape, row.variant.routing, row.variant.pruning)
+        plain = count.count_flops(self.shape, program, self.prompts[prompt], Mode.PREFILL, lean=False)
+        return 1 - plain.total / self.rows[prompt][0].prefill.total
+
+    def finding(self) -> str:
+        """Whether the configured variant, or LF, saves anything worth having."""
+        row, prompt = self.main_row(), self.prompts[0]
+        name = "The model as configured" if row.variant.name == OWN else f"LF with split {self.split}"
+        saved, where = self.saved(row), f"with {prompt.image} image and {prompt.text} text tokens"
+        if saved <= 0:
+            return f"{name} saves nothing of a forward pass {where}: it costs {-saved:.1%} more."
+        lean = self.saved(row, "prefill") - self.saved_by_routing(row)
+        return (
+            f"{name} saves {saved:.1%} of a forward pass {where}, and {self.saved_by_routing(row):.1%} of generation's "
+            f"prefill; answering at the last position alone saves the prefill another {lean:.1%}."
+        )
+
+    def caution(self) -> str:
+        """What a count is not."""
+        return (
+            "Counted, so exact and without an interval; FLOPs are not time: llava-patch bench measures that. "
+            "What the last "
+            "position alone saves does not depend on where image tokens go, and a stock model could save it too."
+        )
+
     def main_row(self) -> Row:
         """What the summary and the figure are about: the configured variant, or LF."""
         return next(row for row in self.rows[0][::-1] if row.variant.name.startswith((OWN, "LF, K")))
@@ -132,7 +162,7 @@ class FlopsResult(Result):
         scale, unit = _unit(stock.forward.total)
         small, small_unit = _unit(stock.decode.total)
         head = [
-            "variant", f"forward {unit}", "saved", f"prefill {unit}", "saved", "deep image",
+            "variant", f"forward {unit}", "saved", f"prefill {unit}", "saved", "of it by routing", "deep image",
             f"token {small_unit}", "cache MB",
         ]  # fmt: skip
         return head, [
@@ -142,6 +172,7 @@ class FlopsResult(Result):
                 f"{self.saved(row, prompt=prompt):.1%}",
                 f"{row.prefill.total / scale:.3f}",
                 f"{self.saved(row, 'prefill', prompt):.1%}",
+                f"{self.saved_by_routing(row, prompt):.1%}",
                 f"{row.deep_image / stock.deep_image if stock.deep_image else 0:.1%}",
                 f"{row.decode.total / small:.2f}",
                 f"{row.cache_bytes / 1e6:.4g}",

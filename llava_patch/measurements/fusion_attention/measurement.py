@@ -132,6 +132,28 @@ class FusionAttentionResult(Result):
         ]
         return ["layer", "mean", "stock", "ratio", "highest (head)", "stock's", "over twice"], rows
 
+    def finding(self) -> str:
+        """Whether the layers have learned to look at the image, by the paper's count of heads above twice stock."""
+        heads, above = sum(map(len, self.trained)), sum(self.above_twice(i) for i in range(len(self.layers)))
+        own, base = (mean([mass for layer in side for mass in layer]) for side in (self.trained, self.stock))
+        where = f"layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}"
+        if own == 0:
+            return f"Text does not look at the image at all in {where}."
+        if above:
+            return (
+                f"Text has learned to look at the image in {where}: {above} of {heads} heads, more than twice the base."
+            )
+        if own < base:
+            return f"Text looks at the image less than in the base in {where}: late fusion has not learned to use it."
+        return f"Undecided: in {where} text looks at the image no less than in the base, but no head twice as much."
+
+    def caution(self) -> str:
+        """What attention does not say."""
+        return (
+            f"Means over {self.samples} samples, without an interval. Attention says where a layer looks, not what the "
+            "answer takes from it: exchange the image to see that."
+        )
+
     def summary(self) -> str:
         """What was found, in a sentence a layer."""
         lines = []

@@ -111,6 +111,21 @@ class GradientsMeasurement(Measurement):
         "the finished weights: no weight moves. Cosine below 0: the two pull apart. Delta: how far the two are from "
         "independent noise."
     )
+    terms = {  # noqa: RUF012
+        "detaching condition": "<m + s, s> <= (L gamma / 2) (E||g_full||² - E||g_main||²): then a step without "
+        "the skip "
+        "gradient is no worse in expectation. m and s are the mean main and skip gradient, gamma the step size, L the "
+        "smoothness of the loss (Skip-Links paper, condition "
+        "7).",
+        "delta": "2 |E<g_main, g_skip> - <m, s>| / tr Sigma_skip: the share of the skip path's variance that "
+        "both paths have "
+        "in common (Skip-Links paper, equations 13 and 15; 0 for independent noise).",
+        "variance": "tr Sigma = E||g||² - ||E g||² in a window of steps (Skip-Links paper, equations 12 and "
+        "14); c is the "
+        "skip path's over the main path's.",
+        "t_trans": "The first step after which the running median of ||g_skip|| / ||g_main|| stays below 1 for "
+        "transition_windows windows (Skip-Links paper, appendix C.4).",
+    }
     alt = (
         "Four panels over the batches: squared norms of the skip and the main gradient, their variance in windows, "
         "their cosine, and their cross-covariance in windows."

@@ -27,7 +27,7 @@ CURVED = {
     "stretch": "||g_full|| / ||g_main||",
 }
 GAINS = {
-    "detach_gain": "gain of detaching by (7)",
+    "detach_gain": "gain of detaching, by the condition",
     "detach_gain_own": "gain of detaching, own curvatures",
     "same_length_gain": "gain at the full one's length",
 }
@@ -139,6 +139,43 @@ class GradientsResult(Result):
                 raise
             raise CheckpointError(f"{log}: damaged gradient statistics ({error!r}){ADVICE}") from error
 
+    def finding(self) -> str:
+        """Whether to detach the taps, as far as the data say."""
+        measured = [s for s in self.steps if s.finite]
+        if not measured:
+            return "Undecided: nothing with finite gradients was measured."
+        if all(s.skip == 0 for s in measured):
+            return "Nothing passes the skip taps yet: train the projector first, then measure again."
+        if self.trains and self.transition is not None:
+            return f"The main path leads from step {self.transition} on: the skip gradient stays the shorter one."
+        if self.trains:
+            short = "Undecided: too few steps to tell whether the skip gradient settles below the main one."
+            return short if self.too_short else "The skip gradient never settled below the main one: try detached taps."
+        if known := [c for c in self.conditions() if c is not None]:
+            if len(set(known)) > 1:
+                return "Undecided: the detaching condition holds in some windows and not in others."
+            return (
+                "Detach the taps: a step without the skip gradient is no worse, by the detaching condition."
+                if known[0]
+                else "Leave the taps attached: by the detaching condition a step without the skip gradient is worse."
+            )
+        low, high = median_interval([s.cosine for s in measured])
+        if high < 0:
+            return "The skip gradient pulls against the main one: detached taps spare the block that conflict."
+        if low > 0:
+            return "The skip gradient pulls the main one's way: detaching the taps would give it up."
+        return "Undecided: the skip gradient has no direction of its own against the main one (cosine around 0)."
+
+    def caution(self) -> str:
+        """For what the finding holds."""
+        if not any(s.finite for s in self.steps):
+            return ""
+        where = "this run" if self.trains else "these weights"
+        text = f"It holds for {where} and one block."
+        if not self.trains and not any(c is not None for c in self.conditions()):
+            text += " Whether a detached step is better depends on the curvature too (Gradients.curvature)."
+        return text
+
     def summary(self) -> str:
         """A few sentences: what the skip path brings to the block."""
         measured = [s for s in self.steps if s.finite]
@@ -151,10 +188,10 @@ class GradientsResult(Result):
                 f"No gradient passes the skip taps to {block} in {_count(measured, unit)}: their weights in the "
                 "projector are still zero, as a fresh patch has them."
             )
-        ratio = _median(s.ratio for s in measured)
+        ratio, between = _median(s.ratio for s in measured), _between(s.cosine for s in measured)
         text = (
             f"In the median over {_count(measured, unit)}, the skip gradient at {block} is {ratio:.3g} times as long "
-            f"as the main one, at a cosine of {_number(self.median_cosine)} to it. "
+            f"as the main one, at a cosine of {_number(self.median_cosine)} to it{between}. "
         )
         if not self.windows:
             text += f"No window of {self.settings.window} is complete, so there are no variances. "
@@ -182,16 +219,16 @@ class GradientsResult(Result):
     def _condition(self) -> str:
         known = [c for c in self.conditions() if c is not None]
         if known:
-            return f"Condition (7) holds in {sum(known)} of {len(known)} windows."
+            return f"The detaching condition holds in {sum(known)} of {len(known)} windows."
         needed, limit = self.typical("product_needed"), self.typical("product_limit")
         if math.isnan(needed):
-            return "Condition (7) takes windows of two steps."
+            return "The detaching condition takes windows of two steps."
         where = f"where L * gamma is at least {needed:.3g}"
         if math.isinf(needed):
             where = "at no L * gamma"
         elif needed == 0:
             where = "at every L * gamma" if limit == math.inf else f"where L * gamma is at most {_number(limit)}"
-        return f"Condition (7) holds {where} (smoothness times step size; median)."
+        return f"The detaching condition holds {where} (smoothness times step size; median)."
 
     def _predicted(self) -> str:
         """What detaching gains in a step by the measured curvature; nothing where there is none."""
@@ -203,10 +240,12 @@ class GradientsResult(Result):
         gains = self.gains()
         if not gains:
             reached = curvature > 0 and 0 < needed < math.inf
-            return text + (f", so (7) takes a step size of {_number(needed / curvature)}. " if reached else ". ")
+            size = needed / curvature if reached else math.nan
+            takes = f", so the detaching condition takes a step size of {_number(size)}. "
+            return text + (takes if reached else ". ")
         told = {name: _number(_median(one[name] for one in gains)) for name in GAINS}
         return (
-            f"{text}: predicted gain of detaching in one plain step {told['detach_gain']} by (7), "
+            f"{text}: predicted gain of detaching in one plain step {told['detach_gain']} by that condition, "
             f"{told['detach_gain_own']} with each path's own curvature, {told['same_length_gain']} of a main gradient "
             "as long as the full one. "
         )
@@ -232,7 +271,7 @@ class GradientsResult(Result):
             "delta": "delta",
             "delta_bound": "largest delta at this c, 2 / sqrt(c)",
             "correlation": "|correlation| of both paths' noise",
-            "product_needed": "L gamma needed by (7)",
+            "product_needed": "L gamma that the detaching condition needs",
         }
         rows += [_row(label, (getattr(w, name) for w in self.windows)) for name, label in names.items()]
         if any(w.full_bend is not None for w in self.windows):
@@ -242,8 +281,27 @@ class GradientsResult(Result):
         against = sum(w.alignment < 0 for w in self.windows)
         rows.append(["windows with <m, s> < 0", f"{against} of {len(self.windows)}", "", ""])
         if known := [c for c in self.conditions() if c is not None]:
-            rows.append(["windows where (7) holds", f"{sum(known)} of {len(known)}", "", ""])
+            rows.append(["windows where the detaching condition holds", f"{sum(known)} of {len(known)}", "", ""])
         return ["quantity", "median", "lowest", "highest"], rows
+
+
+def median_interval(values: Iterable[float]) -> tuple[float, float]:
+    """95 % interval of the median, by order statistics (the sign test); the whole line where there are too few values.
+
+    Values count as independent, which batches of one data set are about, and training steps are not.
+    """
+    known = sorted(v for v in values if not math.isnan(v))
+    n, tail, rank = len(known), 0.0, 0
+    while rank < n // 2 and (tail + math.comb(n, rank) / 2**n) <= 0.025:
+        tail += math.comb(n, rank) / 2**n
+        rank += 1
+    return (known[rank - 1], known[n - rank]) if rank else (-math.inf, math.inf)
+
+
+def _between(values: Iterable[float]) -> str:
+    """The interval in brackets; nothing where there are too few values."""
+    low, high = median_interval(values)
+    return "" if math.isinf(low) else f" (95 %: {low:.3g} to {high:.3g})"
 
 
 def _median(values: Iterable[float]) -> float:

@@ -106,6 +106,25 @@ class ReachResult(Result):
         """The norm of all gradients of a kind of part together."""
         return sum(found.norm**2 for found in self.of(kind)) ** 0.5
 
+    def finding(self) -> str:
+        """Whether all that trains can learn."""
+        lost = [f for f in self.parts if f.asking and f.state in (NONE, ZERO)]
+        if not any(f.asking for f in self.parts):
+            return "Nothing would train: no parameter asks for a gradient."
+        if self.side is not None and not self.side.nonzero:
+            return "The side branch cannot be trained under this patch: no gradient reaches its output."
+        if lost:
+            names = "; ".join(name for name, _ in merged(lost))
+            return f"Not all that is to train can learn: no gradient reaches {names}; freeze it, or change the patch."
+        return "Everything that is to train gets a gradient."
+
+    def caution(self) -> str:
+        """What a norm does not say."""
+        return (
+            f"One backward pass for each of {self.samples} samples at these weights: that a gradient arrives is exact, "
+            "its norm has no interval and does not say how fast a part learns."
+        )
+
     def summary(self) -> str:
         """What was found."""
         asking, total = sum(p.asking for p in self.parts), sum(p.parameters for p in self.parts)

@@ -83,6 +83,20 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]
     return [(head, rows), (["effect of", "MSE falls by", "paired 95 % interval"], effects)]
 
 
+def finding(summary: Mapping[str, Any]) -> str:
+    """Whether the region is read from its own tokens, beyond what its text gives away: by the paired interval."""
+    (effect,) = (one for one in summary["effects"] if one["effect"] == "region, with text")
+    falls, low, high = effect["mse_falls_by"], effect["low"], effect["high"]
+    if low is None or high is None:
+        return "Undecided: fewer than two held-out documents have no interval; give more documents."
+    between = f"the error falls by {falls:.4f} ({low:.4f} to {high:.4f}) when it is visible"
+    if low > 0:
+        return f"The tokens carry the region beyond what its text gives away: {between}."
+    if high < 0:
+        return f"The probe does worse where it sees the region: {between}; train it longer before concluding."
+    return f"Undecided: the region adds nothing certain to its text: {between}."
+
+
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know, a sentence each."""
     found = [

@@ -167,6 +167,27 @@ class RProbeResult(Result):
         found = [f"{name} {part.mse:.3f}" for name, part in named.items() if part is not None]
         return f" ({', '.join(found)})" if found else ""
 
+    def finding(self) -> str:
+        """Whether the projected tokens carry the text's pixels: the probe against a constant patch."""
+        if self.mse_interval is None:
+            return "Undecided: an error of one held-out document has no interval; give more documents."
+        low, high = self.mse_interval
+        if high < self.constant_mse:
+            return (
+                "The projected tokens carry the text: the probe rebuilds it better than a constant patch, with "
+                f"{self.fvu:.0%} of its variance left."
+            )
+        if low > self.constant_mse:
+            return "The probe learned nothing: it is worse than a constant patch; train it longer before concluding."
+        return "Undecided: the probe cannot be told from a constant patch; train it longer or give more documents."
+
+    def caution(self) -> str:
+        """What a probe's error is not."""
+        own = f"It is {self.caveat()}. " if self.caveat() else ""
+        return (
+            f"{own}A longer training of the probe may lower its error: compare checkpoints under equal settings only."
+        )
+
     def summary(self) -> str:
         """The result in one line."""
         caveat = f" ({self.caveat()})" if self.caveat() else ""

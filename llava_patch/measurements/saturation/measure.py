@@ -27,7 +27,7 @@ from llava_patch.hosts import wrappers
 from llava_patch.hosts.anatomy import Anatomy, find
 from llava_patch.measurements import passes, trace
 from llava_patch.measurements.saturation.knockout import knock_out
-from llava_patch.measurements.saturation.result import DEFAULTS, Curves, PatchOn, Saturation, SaturationResult
+from llava_patch.measurements.saturation.result import DEFAULTS, SQUARES, Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.patching.handle import get_handle
 from llava_patch.patching.keys import model_digest
 
@@ -91,6 +91,7 @@ def measure_sample(anatomy: Anatomy, sample: dict[str, Any], settings: Saturatio
         peak=[max(heads) for heads in together(seen.peak)],
         answer_kl=answer_kl,
         **({} if knocked is None else asdict(knocked)),
+        **({} if knocked is None else {SQUARES[n]: [v * v for v in getattr(knocked, n)] for n in SQUARES}),
     )
     # NaN stands for absent positions in the curves: what overflowed must not be taken for that. All layers' states come
     # before the logit lens, which holds each layer against the last one.

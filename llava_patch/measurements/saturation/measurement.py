@@ -50,6 +50,18 @@ class SaturationMeasurement(Measurement):
         "states. Attention mass: how much text looks at the image. KL: how far a layer's prediction is from the last. "
         "What the answers lose when the image is taken away at a split decides where it may leave."
     )
+    terms = {  # noqa: RUF012
+        "attention mass": "The probability that text behind the image puts on image positions: the sum over "
+        "image keys, "
+        "mean over heads and queries (DPVR paper, section "
+        "3.1).",
+        "logit lens": "KL(p_final || p_layer) in nats, where p_layer is the model's own final norm and head on "
+        "a layer's "
+        "states. The transition layer is the first from which it stays at or below transition_share of layer 0's.",
+        "nats that they lose": "KL(p_stock || p_without) of the next token at the positions that are read, "
+        "where from a "
+        "split on text reads no image.",
+    }
     alt = (
         "Panels over the decoder layers: cosine of a layer's input and output, attention of text on the image, KL of "
         "the logit lens, and what the answers lose when the image is taken away."

@@ -55,7 +55,9 @@ class Saturation:
 
 
 DEFAULTS = Saturation()
-KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept", "vtw_kl")
+SQUARES = {"withdrawn_kl": "withdrawn_square", "fused_kl": "fused_square"}
+"""Names of the curves' squares, from whose means the standard error of what answers lose follows."""
+KNOCKOUT = ("withdrawn_kl", "withdrawn_kept", "fused_kl", "fused_kept", "vtw_kl", *SQUARES.values())
 """The curves that `Saturation.knockout` asks for."""
 LATER = ("peak", "answer_kl", *KNOCKOUT)
 """The curves that results of earlier versions lack."""
@@ -85,6 +87,8 @@ class Curves:
     fused_kl: list[float] = field(default_factory=list)
     fused_kept: list[float] = field(default_factory=list)
     vtw_kl: list[float] = field(default_factory=list)  # what VTW's own search goes by
+    withdrawn_square: list[float] = field(default_factory=list)  # of `withdrawn_kl`, sample by sample
+    fused_square: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in LATER:
@@ -147,6 +151,79 @@ class SaturationResult(Result):
     def recommendation(self) -> recommend.Recommendation:
         """The split of LF and why: by what the answers lose, where it was measured, else as `passive`."""
         return self.recommend_for(late_fusion=True)
+
+    def errors(self, name: str) -> list[float]:
+        """Two standard errors over samples of `withdrawn_kl` or `fused_kl`, by split; NaN where they are not known."""
+        if self.samples < 2:
+            return [math.nan] * self.n_layers
+        pairs = zip(getattr(self.curves, name), getattr(self.curves, SQUARES[name]), strict=True)
+        return [2 * math.sqrt(max(square - mean**2, 0.0) / (self.samples - 1)) for mean, square in pairs]
+
+    def split_interval(self) -> tuple[int | None, int | None] | None:
+        """First and last split of LF that the answers allow within two standard errors over samples.
+
+        A bound is None where no split is left; the whole is None where answers do not decide, or of one sample.
+        """
+        losses, errors = self.curves.fused_kl, self.errors("fused_kl")
+        if not self._answers_decide or math.isnan(errors[0]):
+            return None
+        allowed = self.settings.knockout_share * self.curves.withdrawn_kl[0]
+        bounds = ([v + sign * e for v, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
+        found = [recommend.kept_from(values, allowed) for values in bounds]
+        low, high = (None if split is None or split > self.n_layers - 2 else split for split in found)
+        return low, high
+
+    @property
+    def _answers_decide(self) -> bool:
+        """Whether it was measured what the answers lose, and they lose enough without any image to say anything."""
+        knocked = self.patch is None and self.curves.knocked_out
+        return knocked and self.curves.withdrawn_kl[0] >= recommend.LEAST_LOSS
+
+    def finding(self) -> str:
+        """Which split to take, that there is none, or that these samples do not say."""
+        split = self.recommended_split
+        if self.patch is not None:
+            return f"Nothing is left to decide: the model is {self.patch.words}; measure the stock one for a split."
+        if not self._answers_decide:
+            others = "name no split" if split is None else f"by themselves name split {split}"
+            why = "what the answers lose without the image was not measured (Saturation.knockout)"
+            if self.curves.knocked_out:
+                why = "the answers hardly change without any image: take samples whose answers need it"
+            return f"Undecided: {why}; attention mass and logit lens {others}."
+        if split is None:
+            return "Not saturated: the answers need the image to the last layers, so no split keeps them."
+        interval = self.split_interval()
+        if interval is not None and interval[1] is None:
+            return (
+                f"Undecided: these samples say split {split}, but within two standard errors no split keeps the "
+                "answers: take more samples."
+            )
+        return (
+            f"Saturated from layer {split} of {self.n_layers} on: take Routing.split = {split}, from where the answers "
+            "lose hardly anything without the image."
+        )
+
+    def caution(self) -> str:
+        """For what the split holds."""
+        if self.patch is not None or self.recommended_split is None:
+            return ""
+        return (
+            f"The split holds for questions like these {self.samples}; others may need the image longer. It takes for "
+            "granted that the side branch learns what the layers did to the image, which only training shows."
+        )
+
+    def _spread(self) -> str:
+        """What the answers lose at the split, with its interval; nothing where it was not measured."""
+        split = self.recommended_split
+        if split is None or not self._answers_decide:
+            return ""
+        lost = f" At split {split} the answers lose {self.curves.fused_kl[split]:.3g}"
+        interval = self.split_interval()
+        if interval is None:
+            return f"{lost} nats (one sample has no interval)."
+        low, high = ("none" if bound is None else str(bound) for bound in interval)
+        where = f"the split is {low} to {high}" if low != high else f"the split stays {low}"
+        return f"{lost} ± {self.errors('fused_kl')[split]:.2g} nats (two standard errors); within that {where}."
 
     def recommend_for(self, late_fusion: bool) -> recommend.Recommendation:
         """The split of a variant whose last layer sees the image again (LF), or of one without that."""
@@ -216,7 +293,7 @@ class SaturationResult(Result):
         return (
             f"{head} ({samples}): {self.recommendation.reason}. Attention mass on the image is "
             f"{self.curves.mass[0]:.3g} at layer 0 and {self.deep_mass:.3g} in the deep median; transition layers: "
-            f"image {image}, text {self.worded(self.text_transition)}."
+            f"image {image}, text {self.worded(self.text_transition)}.{self._spread()}"
         )
 
     @property

@@ -5,8 +5,10 @@ The page is one HTML file that refers to nothing outside itself.
 
 import base64
 import datetime
+import html
 import json
 import platform
+import re
 import sys
 import time
 import traceback
@@ -29,7 +31,7 @@ from llava_patch.measurements import asked
 from llava_patch.measurements.base import DAMAGED, NothingToMeasure, decode, encode
 from llava_patch.settings import active
 from llava_patch.tools.inspect.result import facts_of
-from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Record, Section
+from llava_patch.tools.report.sections import DONE, FAILED, SKIPPED, Context, Record, Section, sections
 
 KEPT, PAGE, TEMPLATE = "report.json", "report.html", "report.html.j2"
 FORMAT = 1
@@ -254,6 +256,12 @@ def _stamp(path: Path) -> list[int]:
     return [about.st_size, about.st_mtime_ns]
 
 
+def _terms(values: dict[str, Any]) -> dict[str, str]:
+    """What is to be explained of the sections that a page shows, by name."""
+    shown = {record.name for record in values["sections"] if record.state == DONE}
+    return {name: text for one in sections() if one.name in shown for name, text in one.terms.items()}
+
+
 def write_page(values: dict[str, Any], folder: Path) -> Path:
     """Render what `build` kept; returns the page's path."""
     from PIL import Image
@@ -272,14 +280,27 @@ def write_page(values: dict[str, Any], folder: Path) -> Path:
         shown = {"width": round(SHOWN * width), "height": round(SHOWN * height)}
         return {"data": data, **shown, "broad": width > BROAD * height}
 
+    explained = _terms(values)
     jinja2 = optional("jinja2")
+
+    def linked(text: str) -> str:
+        """Escaped text with the first mention of each term made a link to its explanation."""
+        shown = html.escape(text)
+        for number, term in enumerate(explained, 1):
+            found = re.compile(rf"\b{re.escape(html.escape(term))}\b(?![^<]*</a>)")
+            shown = found.sub(rf'<a href="#term-{number}">\g<0></a>', shown, count=1)
+        return shown
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["linked"] = linked
     source = (resources.files("llava_patch.tools.report") / TEMPLATE).read_text(encoding="utf-8")
     name, pretty = Path(values["checkpoint"]).name, lambda value: json.dumps(value, indent=1, default=str)
     try:
-        text = environment.from_string(source).render(**values, name=name, picture=picture, pretty=pretty)
+        text = environment.from_string(source).render(
+            **values, name=name, picture=picture, pretty=pretty, terms=explained
+        )
     except (*DAMAGED, jinja2.TemplateError) as error:
         if isinstance(error, LlavaPatchError):
             raise

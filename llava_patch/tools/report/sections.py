@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import variance
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from llava_patch.data.target import Target
 from llava_patch.measurements import base as protocol
 from llava_patch.measurements.base import DAMAGED, Measurement, NothingToMeasure, decode
 from llava_patch.measurements.gradients.log import LOG
+from llava_patch.measurements.gradients.measurement import GradientsMeasurement
 from llava_patch.measurements.gradients.result import NAME, GradientsResult
 from llava_patch.measurements.rprobe import ablation
 from llava_patch.measurements.rprobe.ablation import SUMMARY
@@ -63,10 +65,12 @@ class Table:
 class Found:
     """What a section measured."""
 
-    summary: str  # the finding, in a sentence or two
+    summary: str  # the numbers, in a sentence or two
     figures: list[Figure] = field(default_factory=list)  # pictures, in order
     tables: list[Table] = field(default_factory=list)  # tables, in order
     files: list[str] = field(default_factory=list)  # names of the results' files in the report's folder
+    finding: str = ""  # one sentence that a reader can act on; "": the summary says it
+    caution: str = ""  # what the finding does not say; "": nothing
 
 
 @dataclass(eq=False)
@@ -141,6 +145,7 @@ class Section:
     inputs: Callable[[Context], list[str]] = lambda context: []  # further files or folders that the result depends on
     # whether the command makes what a skipped section lacks; otherwise it would end as the section did
     supplies: bool = False
+    terms: dict[str, str] = field(default_factory=dict)  # what is explained at the page's end, by name
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def found_of(
     paths, summary = result.save(folder, name), result.summary()
     figures = [Figure(path.name, f"{alt} {summary}") for path in paths if path.suffix == ".png"]
     shown = [Table(*table, caption) for caption, table in tables]
-    return Found(summary, figures, shown, [path.name for path in paths])
+    return Found(summary, figures, shown, [path.name for path in paths], result.finding(), result.caution())
 
 
 def sections() -> list[Section]:
@@ -191,7 +196,8 @@ def _section_of(measurement: Measurement) -> Section:
         takes_data = measurement.samples is not None and not measurement.several
         return context.command(measurement.command, *words, base=measurement.compares, data=takes_data)
 
-    return Section(measurement.name, measurement.title, measurement.about, run, recorded, command, measurement.why_not)
+    about, why_not, terms = measurement.about, measurement.why_not, measurement.terms
+    return Section(measurement.name, measurement.title, about, run, recorded, command, why_not, terms=terms)
 
 
 def read_curves(run: str) -> dict[str, list[tuple[int, float]]]:
@@ -227,7 +233,29 @@ def _run_curves(context: Context, folder: Path) -> Found:
     plotting.write_figure(figure, folder / "training.png")
     alt = f"Curves over the optimizer steps: {', '.join(row[0] for row in rows)}. {summary}"
     table = Table(["curve", "first", "last", "lowest", "highest"], rows)
-    return Found(summary, [Figure("training.png", alt)], [table], ["training.json", "training.png"])
+    files, caution = (
+        ["training.json", "training.png"],
+        "The training loss says nothing of answers: judge them on a task.",
+    )
+    return Found(summary, [Figure("training.png", alt)], [table], files, _trend([v for _, v in losses]), caution)
+
+
+def _trend(losses: list[float]) -> str:
+    """Whether the loss still falls: the last fifth of the log against the fifth before it, by two standard errors."""
+    count = len(losses) // 5
+    if count < 2:
+        return "Undecided: too few losses were logged to tell whether the run had ended falling."
+    before, last = losses[-2 * count : -count], losses[-count:]
+    gap = sum(before) / count - sum(last) / count
+    error = 2 * (sum(variance(part) for part in (before, last)) / count) ** 0.5
+    between = f"by {gap:.3g} ± {error:.2g} over its last fifth"
+    if gap > error:
+        return f"The loss was still falling when the run ended ({between}): a longer run may lower it further."
+    if gap < -error:
+        return (
+            f"The loss was rising when the run ended ({between}): look at the learning rate and at earlier checkpoints."
+        )
+    return f"The loss had levelled off when the run ended ({between})."
 
 
 def _why_no_curves(context: Context) -> str | None:
@@ -281,6 +309,7 @@ GRADIENTS = Section(
     why_not=_why_no_gradients,
     inputs=_gradient_files,
     command=lambda context: f"llava-patch gradients show {context.run}" if context.run else "",
+    terms=GradientsMeasurement.terms,
 )
 
 
@@ -296,7 +325,8 @@ def _run_rprobe(context: Context, folder: Path) -> Found:
         ["FVU", f"{result.fvu:.3f}", f"{result.constant_fvu:.3f}"],
         ["PSNR (dB)", f"{result.psnr:.1f}", ""],
     ]
-    return Found(result.summary(), figures, [Table(["held out", "the probe", "a constant patch"], rows)], files)
+    tables = [Table(["held out", "the probe", "a constant patch"], rows)]
+    return Found(result.summary(), figures, tables, files, result.finding(), result.caution())
 
 
 def _ablation(source: Path, folder: Path, context: Context) -> Found:
@@ -304,6 +334,7 @@ def _ablation(source: Path, folder: Path, context: Context) -> Found:
     values = read_object(source / SUMMARY, InputError, advice)
     try:
         found = [Table(head, rows) for head, rows in ablation.tables(values)]
+        finding = ablation.finding(values)
         said = ablation.notes(values) or ["R-Probe with the region seen or masked, and with its text or without."]
     except DAMAGED as error:
         raise InputError(f"{source / SUMMARY}: cannot be read as R-Probe's ablation ({error!r}){advice}") from error
@@ -313,7 +344,7 @@ def _ablation(source: Path, folder: Path, context: Context) -> Found:
     for part in sorted(p.parent for p in source.glob(f"*/{RESULT}")):
         more, names = _copied(part, folder, f"rprobe-{part.name}")
         figures, files = figures + more[:1], files + names
-    return Found(" ".join(said), figures, found, files)
+    return Found(" ".join(said), figures, found, files, finding)
 
 
 def _copied(source: Path, folder: Path, name: str) -> tuple[list[Figure], list[str]]:
@@ -357,4 +388,10 @@ RPROBE = Section(
     why_not=_why_no_rprobe,
     inputs=_rprobe_files,
     supplies=True,
+    terms={
+        "MSE": "Mean squared error in the image processor's normalised pixels: mean inside a token, then over all "
+        "target tokens.",
+        "FVU": "Fraction of variance unexplained: MSE / variance of the held-out targets about their mean patch.",
+        "PSNR": "Peak signal-to-noise ratio in dB, of pixels as they are shown.",
+    },
 )

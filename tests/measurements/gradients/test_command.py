@@ -52,7 +52,7 @@ def gradients(*words, fails=None):
 
 def test_a_patched_checkpoint(fused, tmp_path):
     out = gradients(fused, *QUICK, "--output", tmp_path / "out", "--step-size", "1e-5", "--smoothness", "10")
-    assert "delta" in out and "windows where (7) holds" in out and "wrote" in out
+    assert "delta" in out and "windows where the detaching condition" in out and "wrote" in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != ".lock") == [
         "gradients.json", "gradients.jsonl", "gradients.png",
     ]  # fmt: skip
@@ -121,7 +121,9 @@ def test_a_run_is_drawn_again_and_runs_are_compared(tmp_path, monkeypatch):
     out = gradients("show", tmp_path / "low", "--output", tmp_path / "drawn")
     assert "no t_trans" in " ".join(out.split()) and (tmp_path / "drawn" / "gradients.png").exists()
     out = gradients("show", tmp_path / "high", "--smoothness", "1e9", "--step-size", "1", "--transition-windows", "9")
-    assert "windows where (7) holds" in out and "10 of 10" in out and "no t_trans" in " ".join(out.split())
+    assert (
+        "windows where the detaching condition" in out and "10 of 10" in out and "no t_trans" in " ".join(out.split())
+    )
     gradients("show", tmp_path / "high")
     assert (tmp_path / "llava_patch_out" / "gradients-show" / "high" / "gradients.json").exists()
     text = gradients("table", tmp_path / "low", tmp_path / "high")

@@ -188,7 +188,9 @@ def test_a_measurement_with_curvature(patched, tmp_path):
         assert math.isfinite(ours.curvature) and math.isfinite(ours.main_curvature)
     assert None not in result.conditions() and plain.conditions() == [None, None]
     assert len(result.gains()) == 2 and plain.gains() == []
-    assert {"gain of detaching by (7)", "curvature along the full gradient, L"} <= {r[0] for r in result.table()[1]}
+    assert {"gain of detaching, by the condition", "curvature along the full gradient, L"} <= {
+        r[0] for r in result.table()[1]
+    }
     assert "the whole tower" in result.summary() and "predicted gain of detaching in one plain step" in result.summary()
     assert "Curvature" not in plain.summary()
     assert GradientsResult.read(tmp_path) == result and GradientsResult.from_dict(result.to_dict()) == result

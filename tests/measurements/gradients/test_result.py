@@ -114,10 +114,10 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
 
 def test_summaries():
     text = make().summary()
-    assert "Over 10 windows of 4" in text and "Condition (7) holds in" in text
+    assert "Over 10 windows of 4" in text and "The detaching condition holds in" in text
     assert text.endswith("From step 23 on the skip gradient is the shorter one (t_trans).")
     text = make(turns=99, settings=dataclasses.replace(SETTINGS, smoothness=None)).summary()
-    assert text.endswith("(no t_trans).") and "Condition (7) holds where L * gamma is at least" in text
+    assert text.endswith("(no t_trans).") and "The detaching condition holds where L * gamma is at least" in text
     assert "says little" not in text and f", delta {make(turns=99).median_delta:.3g}, |correlation| of both" in text
     tiny = make(turns=99, skip=0.02)
     bound = 2 / math.sqrt(tiny.typical("c"))

@@ -153,7 +153,7 @@ def test_where_condition_7_holds(gain, penalty, least, most, said):
         assert moments.holds(product) is (least <= product <= most)
     assert moments.product_needed == least and moments.product_limit == pytest.approx(most, nan_ok=True)
     result = GradientsResult([Step(1, 9.0, 1.0, 10.0, 0.0)], [moments], Gradients(window=2), facts={})
-    assert f"Condition (7) {said}smoothness times step size; median)." in result.summary()
+    assert f"The detaching condition {said}smoothness times step size; median)." in result.summary()
 
 
 @pytest.mark.parametrize("along, noise, better", [(-0.5, 0.5, True), (0.8, 0.1, False), (0.2, 3.0, True)])
