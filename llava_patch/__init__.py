@@ -22,6 +22,7 @@ _EXPORTS = {  # beside the methods, which the registry names
     "Saturation": "measurements.saturation.result",
     "compare_probes": "measurements.rprobe.compare",
     "compare_reach": "measurements.reach.measure",
+    "follow": "integrations.training.loop",
     "get_handle": "hosts.anatomy",
     "image_attention": "measurements.fusion_attention.measure",
     "inspect_checkpoint": "tools.inspect",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from llava_patch.fusion.skip_links import SkipLinks as SkipLinks
     from llava_patch.hosts.anatomy import get_handle as get_handle
     from llava_patch.integrations.training.auxiliary import RegionCollator as RegionCollator
+    from llava_patch.integrations.training.loop import follow as follow
     from llava_patch.measurements.attention_maps.measure import measure_attention_maps as measure_attention_maps
     from llava_patch.measurements.attention_maps.measurement import AttentionMaps as AttentionMaps
     from llava_patch.measurements.drift.measure import measure_drift as measure_drift

@@ -6,7 +6,6 @@ Source: "Detached Skip-Links and R-Probe", appendix C.1 ("Online Measurement Str
 import contextlib
 import copy
 import logging
-import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from llava_patch.core.extras import need
 from llava_patch.core.files import atomic
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts import zero
-from llava_patch.integrations.training import engine
+from llava_patch.integrations.training import engine, figures
 from llava_patch.integrations.training.extension import TrainerExtension, extend, take_no_further_step
 from llava_patch.measurements.gradients.decompose import block_parameters, decompose, measured_block
 from llava_patch.measurements.gradients.log import LOG, StepLog
@@ -48,8 +47,8 @@ def follow(trainer: Any, settings: Gradients | None = None) -> "Following":
     them, before they are clipped. In float16 the loss is scaled as training scales it, and the scale taken off again.
 
     Writes gradients.jsonl (a line a measured step), gradients.json and gradients.png into OUTPUT_DIR/gradients, its
-    unfinished window into each checkpoint, and grad_main_norm, grad_skip_norm and grad_cos (means of the measured steps
-    since the last line) into the Trainer's log.
+    unfinished window into each checkpoint, and llava_patch/grad/main_norm, skip_norm and cosine (means of the measured
+    steps since the last line) into the Trainer's log.
 
     Modifications: the Trainer's instance attributes `training_step` and `log` from the beginning of a run to its end,
     and for good its `_load_optimizer_and_scheduler`, which says what a run is resumed from.
@@ -200,13 +199,7 @@ class Following(TrainerExtension):
         if "loss" not in logs:
             return logs
         steps, self._unlogged = self._unlogged, []
-        values = {
-            "grad_main_norm": [math.sqrt(s.main) for s in steps if s.finite],
-            "grad_skip_norm": [math.sqrt(s.skip) for s in steps if s.finite],
-            "grad_cos": [s.cosine for s in steps if not math.isnan(s.cosine)],
-        }
-        means = {name: math.fsum(found) / len(found) for name, found in values.items() if found}
-        return {**logs, **{name: float(f"{mean:.6g}") for name, mean in means.items()}}
+        return {**logs, **figures.of_steps(steps)}
 
     def save(self, state: Any, folder: Path) -> None:
         """Write what was measured so far, and into the checkpoint what a run that goes on from it needs."""

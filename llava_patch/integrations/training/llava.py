@@ -18,6 +18,7 @@ from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training.auxiliary import data as region_data
 from llava_patch.integrations.training.auxiliary import trainer as auxiliary_trainer
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.figures import ShareOfTraining
 from llava_patch.integrations.training.trainer_split import resolve_for_training
 from llava_patch.measurements.saturation.result import Saturation
 from llava_patch.patching import beside_peft, checkpoint
@@ -63,6 +64,7 @@ def prepare_run(given: dict[str, Any]) -> Callable[[Any], None]:
             gradients_trainer.follow(trainer, gradients)
         if handle is not None:
             resume.follow(trainer, handle)
+            extend(trainer, ShareOfTraining(handle))
         if handle is not None or (asked is not None and asked.flags):
             extend(trainer, Records(handle))
 

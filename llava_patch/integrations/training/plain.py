@@ -7,6 +7,7 @@ from llava_patch.hosts import lora
 from llava_patch.integrations.training import gradients as gradients_trainer
 from llava_patch.integrations.training import llava, resume
 from llava_patch.integrations.training.extension import TrainerExtension, extend
+from llava_patch.integrations.training.figures import ShareOfTraining
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.settings import active
 
@@ -29,6 +30,7 @@ def prepare(trainer: Any, handle: Handle) -> None:
         return
     _prepared.add(trainer)
     extend(trainer, _Groups())
+    extend(trainer, ShareOfTraining(handle))
     gradients = None if asked is None else asked.measurements.get("Gradients")
     if gradients is not None:
         gradients_trainer.follow(trainer, gradients)

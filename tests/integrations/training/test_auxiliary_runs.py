@@ -61,10 +61,14 @@ def test_weight_zero_changes_nothing_and_a_run_logs_and_saves(data, tmp_path):
     assert text.count("head of the auxiliary loss") == 1
     assert not _same(stock, whole)
     logs = _logs(whole)
-    assert all(math.isfinite(e["loss"]) and e["ntp_loss"] > 0 for e in logs) and len(logs) == 4
-    assert any("rprobe_loss" in e for e in logs) and not all("rprobe_loss" in e for e in logs)  # share
+    assert all(math.isfinite(e["loss"]) and e["llava_patch/probe/model_loss"] > 0 for e in logs) and len(logs) == 4
+    assert any("llava_patch/probe/loss" in e for e in logs) and not all(
+        "llava_patch/probe/loss" in e for e in logs
+    )  # share
     for entry in logs:  # HF rounds the loss to four places
-        assert entry["loss"] == pytest.approx(entry["ntp_loss"] + 0.5 * entry.get("rprobe_loss", 0.0), abs=1e-4)
+        assert entry["loss"] == pytest.approx(
+            entry["llava_patch/probe/model_loss"] + 0.5 * entry.get("llava_patch/probe/loss", 0.0), abs=1e-4
+        )
     stock_names = set(load_file(stock / "model.safetensors"))
     for folder in (whole, whole / "checkpoint-2"):
         assert set(load_file(folder / "model.safetensors")) == stock_names  # the head lies apart
@@ -95,7 +99,7 @@ def test_zero_2_trains_where_ranks_have_no_region(data, tmp_path):
     assert text.count("head of the auxiliary loss") == 1  # rank 0 alone reports
     assert (out / FILE).is_file() and not any("rprobe" in key for key in load_file(out / "model.safetensors"))
     logs = _logs(out)
-    seen = ["rprobe_loss" in entry for entry in logs]
+    seen = ["llava_patch/probe/loss" in entry for entry in logs]
     assert any(seen) and not all(seen)
-    assert all(math.isfinite(e["loss"]) and 4 < e["ntp_loss"] < 9 for e in logs)  # ln 512 is 6.2
-    assert all(0.1 < e["rprobe_loss"] < 10 for e in logs if "rprobe_loss" in e)
+    assert all(math.isfinite(e["loss"]) and 4 < e["llava_patch/probe/model_loss"] < 9 for e in logs)  # ln 512 is 6.2
+    assert all(0.1 < e["llava_patch/probe/loss"] < 10 for e in logs if "llava_patch/probe/loss" in e)

@@ -15,7 +15,7 @@ from llava_patch.core import stored
 from llava_patch.core.errors import CheckpointError, SettingError, refuse
 from llava_patch.core.files import atomic
 from llava_patch.hosts import lora, zero
-from llava_patch.integrations.training import engine
+from llava_patch.integrations.training import engine, figures
 from llava_patch.integrations.training.extension import GO_ON, TrainerExtension, extend
 from llava_patch.patching.handle import Handle, get_handle
 from llava_patch.patching.keys import base_fingerprint, check_fingerprint
@@ -54,11 +54,11 @@ def check(handle: Handle, training_args: Any) -> None:
 def follow(trainer: Any, *, release: bool = False) -> None:
     """Make a Trainer log the auxiliary loss, count its steps, and save and resume its head.
 
-    Its log lines get "ntp_loss", the model's own loss, and "rprobe_loss", the mean squared error over the target tokens
-    of the samples that carried a region, both over all ranks and all batches since the last line, beside "loss", their
-    weighted sum. Nothing is fetched from the device between two lines. Each checkpoint-N gets a file
-    llava_patch_rprobe.safetensors, from which `train(resume_from_checkpoint=...)` brings the head back; the model's own
-    weight files are stock.
+    Its log lines get "llava_patch/probe/model_loss", the model's own loss, and "llava_patch/probe/loss", the mean
+    squared error over the target tokens of the samples that carried a region, both over all ranks and all batches since
+    the last line, beside "loss", their weighted sum. Nothing is fetched from the device between two lines. Each
+    checkpoint-N gets a file llava_patch_rprobe.safetensors, from which `train(resume_from_checkpoint=...)` brings the
+    head back; the model's own weight files are stock.
 
     LLaVA's training script is followed without this call.
 
@@ -135,7 +135,7 @@ class _AuxiliaryTraining(TrainerExtension):
     def log(self, logs: dict[str, float]) -> dict[str, float]:
         if "loss" not in logs:
             return logs
-        found = {name: round(value, 6) for name, value in self._auxiliary.take_logs().items()}
+        found = figures.of_losses(self._auxiliary)
         return {"loss": logs["loss"], **found, **{k: v for k, v in logs.items() if k != "loss"}}
 
     def save(self, state: Any, folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_resumed_run_with_lr_and_share_ends_as_the_whole_one(tmp_path, safeten
     for step in range(6):
         handle.auxiliary.begin_step(step)
         chosen.append(handle.auxiliary.computes)
-    assert ["rprobe_loss" in entry for entry in _logs(whole)] == chosen and len(set(chosen[3:])) == len(
+    assert ["llava_patch/probe/loss" in entry for entry in _logs(whole)] == chosen and len(set(chosen[3:])) == len(
         set(chosen)
     ) == 2
     head = {id(p) for p in handle.auxiliary.head.parameters()}

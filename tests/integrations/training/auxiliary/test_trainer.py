@@ -59,11 +59,15 @@ def test_a_run_logs_both_losses_learns_and_goes_on(tmp_path):
     follow(trainer)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 4 and all({"ntp_loss", "rprobe_loss"} <= set(entry) for entry in logs)
-    assert logs[-1]["rprobe_loss"] < 0.5 * logs[0]["rprobe_loss"]
-    assert logs[-1]["ntp_loss"] < logs[0]["ntp_loss"]
+    assert len(logs) == 4 and all(
+        {"llava_patch/probe/model_loss", "llava_patch/probe/loss"} <= set(entry) for entry in logs
+    )
+    assert logs[-1]["llava_patch/probe/loss"] < 0.5 * logs[0]["llava_patch/probe/loss"]
+    assert logs[-1]["llava_patch/probe/model_loss"] < logs[0]["llava_patch/probe/model_loss"]
     for entry in logs:  # all batches weigh the same here; the Trainer rounds to four places
-        assert entry["loss"] == pytest.approx(entry["ntp_loss"] + WEIGHT * entry["rprobe_loss"], abs=1e-4)
+        assert entry["loss"] == pytest.approx(
+            entry["llava_patch/probe/model_loss"] + WEIGHT * entry["llava_patch/probe/loss"], abs=1e-4
+        )
     folder = tmp_path / "a" / "checkpoint-6"
     assert not any("rprobe" in name for name in load_file(folder / "model.safetensors"))
 

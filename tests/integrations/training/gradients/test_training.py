@@ -270,9 +270,13 @@ def test_every_so_many_steps_and_means_in_the_log(tmp_path, caplog):
     assert [step.step for step in steps] == [1, 3, 5]
     logs = [entry for entry in made.state.log_history if "loss" in entry]
     for entry, part in zip(logs, (steps[:2], steps[2:]), strict=True):
-        assert entry["grad_main_norm"] == pytest.approx(sum(s.main**0.5 for s in part) / len(part), rel=1e-5)
-        assert entry["grad_skip_norm"] == pytest.approx(sum(s.skip**0.5 for s in part) / len(part), rel=1e-5)
-        assert entry["grad_cos"] == pytest.approx(sum(s.cosine for s in part) / len(part), rel=1e-5)
+        assert entry["llava_patch/grad/main_norm"] == pytest.approx(
+            sum(s.main**0.5 for s in part) / len(part), rel=1e-5
+        )
+        assert entry["llava_patch/grad/skip_norm"] == pytest.approx(
+            sum(s.skip**0.5 for s in part) / len(part), rel=1e-5
+        )
+        assert entry["llava_patch/grad/cosine"] == pytest.approx(sum(s.cosine for s in part) / len(part), rel=1e-5)
     assert following.result.facts["batch"] == 2 and following.result.facts["block"] == 2
 
 
@@ -300,10 +304,10 @@ def test_beside_lora_and_the_auxiliary_loss(tmp_path):
             ended.append((_weights(made), logs))
         assert _same(ended[0][0], ended[1][0]) and ended[0][1] == ended[1][1]
         assert all(step.main > 0 and step.skip > 0 for step in following.result.steps)
-        assert all(("rprobe_loss" in entry) == (wrapped is _with_probe) for entry in ended[0][1])
+        assert all(("llava_patch/probe/loss" in entry) == (wrapped is _with_probe) for entry in ended[0][1])
 
 
-KEYS = {"loss", "grad_norm", "learning_rate", "ntp_loss", "rprobe_loss"}
+KEYS = {"loss", "grad_norm", "learning_rate", "llava_patch/probe/model_loss", "llava_patch/probe/loss"}
 
 
 def _with_regions(collate):
