@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "Routing": "llava_patch.settings.routing:Routing",
     "FastV": "llava_patch.routing.fastv:FastV",
     "PyramidDrop": "llava_patch.routing.pyramid_drop:PyramidDrop",
+    "SparseVLM": "llava_patch.routing.sparse_vlm:SparseVLM",
     "VisionZip": "llava_patch.routing.vision_zip:VisionZip",
     "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
 }

@@ -51,6 +51,9 @@ class Pruning:
     READS_NEXT: ClassVar[bool] = False
     """Whether `attention` is that of layer k itself, from its input, and not that of layer k-1."""
 
+    MANY_RATERS: ClassVar[bool] = False
+    """Whether `raters` may name more than one; `llava-patch flops` counts all text as raters, which is the most."""
+
     training: bool
     """Whether it prunes in training mode too; the last token that is not padding then stands for the prompt's last."""
 

@@ -9,13 +9,15 @@ Tokens Withdrawal" for vtw; for prunings the sources that their classes name.
 
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_patch.settings.methods import FastV, PyramidDrop, Routing
+from llava_patch.settings.methods import FastV, PyramidDrop, Routing, SparseVLM
+
+InDecoder: TypeAlias = FastV | PyramidDrop | SparseVLM
 
 
 def final_states(
@@ -23,7 +25,7 @@ def final_states(
     embeds: Tensor,
     image: Tensor,
     routing: Routing | None = None,
-    pruning: FastV | PyramidDrop | None = None,
+    pruning: InDecoder | None = None,
     choice: Tensor | None = None,
     there: Tensor | None = None,
 ) -> Tensor:
@@ -55,7 +57,7 @@ def final_states(
             x[alive & image] = side[alive & image]
         if pruning is not None and number in pruning.stages and image.any():
             stage = pruning.stages.index(number)
-            kept = prune(decoder, number, before, x, image, alive, pruning)
+            kept = prune(decoder, number, before, x, embeds, image, alive, pruning)
             alive = kept if choice is None else choice > stage
         if number == split:
             side = x.clone()
@@ -85,18 +87,19 @@ def _late_fusion_layers(routing: Routing | None, n_layers: int) -> tuple[int, ..
 
 
 def prune(
-    decoder: Any, k: int, before: Tensor, x: Tensor, image: Tensor, alive: Tensor, pruning: FastV | PyramidDrop
+    decoder: Any, k: int, before: Tensor, x: Tensor, embeds: Tensor, image: Tensor, alive: Tensor, pruning: InDecoder
 ) -> Tensor:
-    """What a pruning keeps before layer k: the image tokens that the last token looks at most; lower places win ties.
+    """What a pruning keeps before layer k: the image tokens that its raters look at most; lower places win ties.
 
-    The last token's attention, mean over heads, is read by FastV at layer k-1, from its input `before` [tokens,
-    hidden], and by PyramidDrop at layer k, from its input `x`; `image` and `alive`, what earlier stages have left, are
-    bool [tokens], as is the choice. The last token stays, which generation reads.
+    It is the last token that rates, and `raters` for SparseVLM. Attention, mean over heads and raters, is read at layer
+    k-1, from its input `before` [tokens, hidden], by PyramidDrop at layer k, from its input `x`; `image` and `alive`,
+    what earlier stages have left, are bool [tokens], as is the choice. The last token stays, which generation reads.
     """
     place = torch.arange(len(x))
     rows, last = place[alive], place[-1:]
-    layer, states = (decoder.layers[k - 1], before) if isinstance(pruning, FastV) else (decoder.layers[k], x)
-    attention = probabilities(decoder, layer, states[last], last, states[rows], rows).mean(0)[0]
+    layer, states = (decoder.layers[k], x) if isinstance(pruning, PyramidDrop) else (decoder.layers[k - 1], before)
+    rate = raters(embeds, image) if isinstance(pruning, SparseVLM) else last
+    attention = probabilities(decoder, layer, states[rate], rate, states[rows], rows).mean((0, 1))
     score = torch.zeros(len(x)).index_copy(0, rows, attention).tolist()
     score[-1] = math.inf
     best = sorted(place[alive & image].tolist(), key=lambda i: (-score[i], i))
@@ -105,7 +108,16 @@ def prune(
     return kept
 
 
-def left(pruning: FastV | PyramidDrop, k: int, n: int) -> int:
+def raters(embeds: Tensor, image: Tensor) -> Tensor:
+    """SparseVLM's raters: of the text behind the last image, what the image is more like than the mean: int64 [n]."""
+    place = torch.arange(len(embeds))
+    text = place[int(place[image][-1]) + 1 :]
+    share = (embeds[image] @ embeds[text].T).softmax(1).mean(0)
+    chosen = text[share > share.mean()]
+    return chosen if len(chosen) else place[-1:]
+
+
+def left(pruning: InDecoder, k: int, n: int) -> int:
     """How many of n image tokens a pruning leaves from layer k on; 0.3 is 3/10, which it is not in floating point."""
     keep = 1 - pruning.ratio if isinstance(pruning, FastV) else pruning.keep[pruning.layers.index(k)]
     if isinstance(keep, int):

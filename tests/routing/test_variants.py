@@ -241,6 +241,7 @@ LEFT = {  # of two images of 16 tokens in the longest sample: before, and after 
     "pc+fastv": (32, 16), "pc+fastv-deep": (32, 16), "kv+fastv": (32, 4), "kv+fastv-deep": (32, 16),
     "ideal+fastv": (32, 16), "vtw+fastv": (32, 16), "fastv-all": (32, 0), "lf+fastv-all": (32, 0),
     "pyramid": (32, 24, 16, 4), "lf+pyramid": (32, 16, 8), "kv+pyramid-deep": (32, 25, 9),
+    "sparse": (32, 12, 9, 3), "lf+sparse": (32, 16, 8),
 }  # fmt: skip
 
 

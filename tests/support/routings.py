@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from llava_patch import FastV, PyramidDrop, Routing
+from llava_patch import FastV, PyramidDrop, Routing, SparseVLM
 from tests.support.models import IMAGE, LAYERS
 
 RAGGED = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4), (7,), (1, IMAGE, 9)]
@@ -38,6 +38,8 @@ PRUNED = {
     "pyramid": {"pruning": PyramidDrop((1, 3, 4), (0.75, 0.5, 0.125))},
     "lf+pyramid": {"routing": Routing(split=3), "pruning": PyramidDrop((2, 3), (0.5, 0.25))},
     "kv+pyramid-deep": {"routing": Routing(variant="kv", split=2), "pruning": PyramidDrop((1, 4), (0.8, 0.3))},
+    "sparse": {"pruning": SparseVLM((1, 3, 4), (12, 9, 3))},
+    "lf+sparse": {"routing": Routing(split=3), "pruning": SparseVLM((2, 3), (0.5, 0.25))},
 }
 ALL = {**VARIANTS, **PRUNED}
 

@@ -120,7 +120,7 @@ def decoder_positions(
         if pruning is not None and number in program.stages:
             if pruning.USES_ATTENTION:  # with a cache the keys are there already, unless the layer is yet to run
                 known = mode is Mode.PREFILL and not pruning.READS_NEXT
-                choosers.append(Positions(1, 0 if known else text + here, text + here))
+                choosers.append(Positions(text if pruning.MANY_RATERS else 1, 0 if known else text + here, text + here))
             if isinstance(pruning, TowerPruning):
                 here = min(images, tiles * pruning.tokens)
             else:
@@ -268,12 +268,14 @@ def count_flops(
     tower = shape.tower  # every block runs, whichever is read
     block = tower.tokens * _multiplied(tower.linears) + 2 * tower.tokens**2 * tower.attention_width
     embedded = tower.patches * _multiplied([tower.patch_embedding])
+    rated = program.pruning is not None and program.pruning.MANY_RATERS and mode is not Mode.DECODE
+    raters = 2 * batch * prompt.image * prompt.text * decoder.hidden * rated  # what comes to layer 0, image with text
     return Flops(
         tower=2 * images * (tower.blocks * block + embedded + tower.pooled),
         projector=2 * images * shape.projected * _multiplied(shape.projector) * (1 + shape.stacked),
         layers=tuple(map(layer, at.layers)),
         side=layer(at.side[0], len(at.side)) if at.side else LayerFlops(),
-        pruning=sum(total(chooser_products(decoder, chooser, batch)) for chooser in at.choosers),
+        pruning=sum(total(chooser_products(decoder, chooser, batch)) for chooser in at.choosers) + raters,
         head=2 * at.answered * batch * decoder.hidden * decoder.vocabulary,
     )
 
