@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from llava_patch.patching.handle import Handle as Handle
     from llava_patch.patching.patch import patch as patch
     from llava_patch.routing.fastv import FastV as FastV
+    from llava_patch.routing.pru_merge import PruMerge as PruMerge
     from llava_patch.routing.pyramid_drop import PyramidDrop as PyramidDrop
     from llava_patch.routing.sparse_vlm import SparseVLM as SparseVLM
     from llava_patch.routing.vision_zip import VisionZip as VisionZip

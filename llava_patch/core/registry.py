@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "PyramidDrop": "llava_patch.routing.pyramid_drop:PyramidDrop",
     "SparseVLM": "llava_patch.routing.sparse_vlm:SparseVLM",
     "VisionZip": "llava_patch.routing.vision_zip:VisionZip",
+    "PruMerge": "llava_patch.routing.pru_merge:PruMerge",
     "AuxiliaryProbe": "llava_patch.settings.auxiliary:AuxiliaryProbe",
 }
 """Settings classes of the methods; a class says in KIND which keyword of `patch` takes it."""

@@ -1,8 +1,10 @@
 """The prunings that choose by the vision tower, written down plainly: one image, no batch, loops.
 
 `reference` says what the decoder makes of their choice: what leaves is absent from layer 0 on. Source: "VisionZip",
-section 3.2, and its repository.
+section 3.2; "LLaVA-PruMerge", section 3; and their repositories.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -43,4 +45,39 @@ def vision_zip(
     kept[[*range(dropped, prefix), *best, *centres]] = True
     if prefix and dropped:  # the CLS token takes a place among the patches
         new[leaving[0]], kept[leaving[0]] = states[0], True
+    return new[dropped:], kept[dropped:]
+
+
+def pru_merge(
+    states: Tensor, queries: Tensor, keys: Tensor, plus: bool, neighbours: int, dropped: int
+) -> tuple[Tensor, Tensor]:
+    """What PruMerge makes of one image, and what it keeps; PruMerge+ with `plus`.
+
+    Args:
+        states: the main feature [tokens, channels], the CLS token first.
+        queries: [tokens, width] of the block behind it, all heads as one.
+        keys: the same of its keys.
+        plus: whether patches at even distances stay too.
+        neighbours: patches added to one that stays.
+        dropped: tokens at the front that the host drops.
+
+    Returns:
+        ([tokens of the projector, channels], bool [tokens of the projector]).
+    """
+    new, patches = states.clone(), range(1, len(states))
+    looked = (keys @ queries[0] / math.sqrt(len(queries[0]))).softmax(0)
+    low, high = torch.quantile(looked[1:], 0.25), torch.quantile(looked[1:], 0.75)
+    stays = [i for i in patches if looked[i] > high + 1.5 * (high - low)]
+    if plus:
+        every = max(1, len(patches) // max(1, len(stays)) // 3)
+        stays = sorted({*stays, *range(1, len(patches), every)})
+    leaving = [i for i in patches if i not in stays]
+    direction = keys / keys.norm(dim=-1, keepdim=True)
+    for i in stays:
+        unlike = (-(direction @ direction[i])).tolist()
+        others = sorted((j for j in patches if j != i), key=unlike.__getitem__)
+        new[i] = states[i] + sum(looked[j] * states[j] for j in others[:neighbours])
+    new[leaving[0]] = sum(looked[j] * states[j] for j in leaving)
+    kept = torch.zeros(len(states), dtype=torch.bool)
+    kept[[*range(dropped, 1), *stays, leaving[0]]] = True
     return new[dropped:], kept[dropped:]

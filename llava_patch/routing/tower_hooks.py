@@ -46,17 +46,24 @@ def check_model(anatomy: Anatomy, pruning: TowerPruning) -> None:
     name = type(pruning).__name__
     anatomy.check_one_scale(name)
     patches = anatomy.grid[0] * anatomy.grid[1] - int(anatomy.drops_patch)
-    if pruning.tokens >= patches:
+    if patches < pruning.least_patches:
         raise SettingError(
-            f"{pruning} keeps {pruning.tokens} tokens, but an image of this model has {patches}: nothing would leave"
+            f"{pruning} takes images of {pruning.least_patches} patches or more: this model's have {patches}"
+        )
+    if pruning.NEEDS_CLS and not anatomy.prefix_tokens:
+        raise HostError(f"{name} goes by the CLS token's attention, but this model's vision tower has none")
+    if anatomy.main_block + pruning.BEHIND > anatomy.n_blocks:
+        raise SettingError(
+            f"{name} goes by the block behind the main feature, but this model takes the output of the last one, "
+            f"{anatomy.n_blocks}"
         )
     if anatomy.vision_model is not None:
-        _tower(anatomy, name)
+        _tower(anatomy, pruning)
 
 
-def _tower(anatomy: Anatomy, name: str) -> Tower:
-    tower = anatomy.vision_parts()
-    can_compare(tower, anatomy.main_block)
+def _tower(anatomy: Anatomy, pruning: TowerPruning) -> Tower:
+    tower, name = anatomy.vision_parts(), type(pruning).__name__
+    can_compare(tower, anatomy.main_block + pruning.BEHIND)
     if tower.prefix_tokens > 1 or (tower.prefix_tokens and not has_cls(anatomy.vision_model, tower)):
         raise HostError(f"{name} knows vision towers with a CLS token or with patches alone, not with registers")
     return tower
@@ -101,7 +108,7 @@ def _hook_vision_model(anatomy: Anatomy, pruning: TowerPruning, undo: UndoStack)
     vision, main = anatomy.vision_model, anatomy.main_block
     assert vision is not None
     check_model(anatomy, pruning)
-    tower = _tower(anatomy, type(pruning).__name__)
+    tower, before = _tower(anatomy, pruning), main + pruning.BEHIND - 1
 
     @aside
     def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -111,9 +118,9 @@ def _hook_vision_model(anatomy: Anatomy, pruning: TowerPruning, undo: UndoStack)
     @aside
     def reduce(module: nn.Module, args: Any, output: Any) -> Any:
         choices, states = _choices.get(), getattr(output, "hidden_states", None)
-        if choices is None or states is None or states[main] is None or states[main - 1] is None:
+        if choices is None or states is None or states[main] is None or states[before] is None:
             return output
-        feature, stays = _reduced(anatomy, tower, pruning, states[main - 1], states[main])
+        feature, stays = _reduced(anatomy, tower, pruning, states[before], states[main])
         choices.append(stays)
         output["hidden_states"] = (*states[:main], feature, *states[main + 1 :])
         return output
@@ -127,12 +134,14 @@ def _reduced(
 ) -> tuple[Tensor, Tensor]:
     """The main feature with what the pruning made of it, and which of the tokens that the projector gets stay.
 
-    `entered` and `states` are the main block's input and output [images, tokens, channels] (the second with a fusion's
-    taps beside it, so wider); the choice is bool [images, tokens of the projector].
+    `entered` is the input of the block that is asked, `states` the main feature (with a fusion's taps beside it, so
+    wider), both [images, tokens, channels]; the choice is bool [images, tokens of the projector].
     """
     dropped, cls = anatomy.dropped_tokens, tower.prefix_tokens > 0
     first = max(dropped, tower.prefix_tokens)
-    seen = compared(tower, anatomy.main_block, entered, slice(0, 1) if cls else slice(None))
+    entered = entered[..., : anatomy.vision_width]  # which may be the main feature itself
+    block = anatomy.main_block + pruning.BEHIND
+    seen = compared(tower, block, entered, slice(0, 1) if cls else slice(None))
     assert seen.q is not None and seen.k is not None
     view = TowerView(
         states[:, first:], states[:, 0] if cls and dropped else None, seen.q, seen.k, seen.scaling, cls, first

@@ -1,7 +1,8 @@
 """What a pruning has that chooses by what the vision tower computed: tokens leave before the decoder's first layer.
 
-Such a method is one dataclass in one file of this folder (`vision_zip`); `reduce` is its definition. `tower_hooks`
-shows it the tower's states and hands its choice on; the prompt keeps its placeholders, and the host its checks.
+Such a method is one dataclass in one file of this folder (`vision_zip`, `pru_merge`); `reduce` is its definition.
+`tower_hooks` shows it the tower's states and hands its choice on; the prompt keeps its placeholders, and the host its
+checks.
 """
 
 from __future__ import annotations
@@ -51,11 +52,19 @@ class TowerPruning(Pruning):
     """
 
     layer: ClassVar[int] = 0
+    BEHIND: ClassVar[int] = 0
+    """How many blocks behind the one whose output is the main feature the queries and keys are of."""
+    NEEDS_CLS: ClassVar[bool] = False
 
     @property
-    def tokens(self) -> int:
-        """How many tokens stay of an image (or tile)."""
+    def tokens(self) -> int | None:
+        """How many tokens stay of an image (or tile); None: it depends on the picture."""
         raise NotImplementedError
+
+    @property
+    def least_patches(self) -> int:
+        """How many patches an image must have at least."""
+        return 1 if self.tokens is None else self.tokens + 1
 
     def reduce(self, view: TowerView) -> tuple[Tensor, Tensor]:
         """The method's definition.
@@ -77,3 +86,8 @@ class TowerPruning(Pruning):
             "pixels: give the model pixel_values (llava: images), or what was chosen before: "
             "handle.image_positions(mask, kept=...)"
         )
+
+
+def put(features: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """`features` [images, patches, channels] with `values` [images, n, channels] at `places`, int64 [images, n]."""
+    return features.scatter(1, places[..., None].expand_as(values), values.to(features.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_patch.routing.tower_pruning import TowerPruning, TowerView
+from llava_patch.routing.tower_pruning import TowerPruning, TowerView, put
 from llava_patch.settings.checks import flag, integer
 
 if TYPE_CHECKING:
@@ -78,14 +78,9 @@ class VisionZip(TowerPruning):
             )  # [images, left, contextual]
             others = features.gather(1, rest[..., None].expand(-1, -1, features.shape[2]))
             means = member.transpose(1, 2) @ others[:, left] / member.sum(1).clamp(min=1)[..., None]
-            features = _put(features, rest[:, chosen], others[:, chosen] + means)
+            features = put(features, rest[:, chosen], others[:, chosen] + means)
             kept = kept.scatter(1, rest[:, chosen], True)
         if view.cls is not None:
             place = rest[:, left[:1]]
-            features, kept = _put(features, place, view.cls.view(images, 1, -1)), kept.scatter(1, place, True)
+            features, kept = put(features, place, view.cls.view(images, 1, -1)), kept.scatter(1, place, True)
         return features, kept
-
-
-def _put(features: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`features` [images, patches, channels] with `values` [images, n, channels] at `places`, int64 [images, n]."""
-    return features.scatter(1, places[..., None].expand_as(values), values.to(features.dtype))

@@ -122,6 +122,10 @@ def decoder_positions(
                 known = mode is Mode.PREFILL and not pruning.READS_NEXT
                 choosers.append(Positions(text if pruning.MANY_RATERS else 1, 0 if known else text + here, text + here))
             if isinstance(pruning, TowerPruning):
+                if pruning.tokens is None:
+                    raise SettingError(
+                        f"{pruning.label}: how many tokens stay depends on the picture, and so do the FLOPs"
+                    )
                 here = min(images, tiles * pruning.tokens)
             else:
                 here = pruning.keep_counts(program.stages[number], (images,), (0,))[0]
