@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from llava_patch import Routing, patch
+from llava_patch import Routing, VisionZip, patch
 from llava_patch.core.errors import InputError
 from llava_patch.hosts.compat import parameters_of
 from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close
@@ -61,11 +61,14 @@ def _steps(forward, batch, cache, tokens, made=False):
     return torch.cat(found, 1)
 
 
+CASES = {**ALL, "lf+vision-zip": {"routing": Routing(split=2), "pruning": VisionZip(dominant=4, contextual=3)}}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("case", list(ALL))
+@pytest.mark.parametrize("case", list(CASES))
 def test_tokens_are_those_of_a_dynamic_cache(host, case):
     batch = host.batch(RAGGED, "left", seed=3)
-    with patch(host.model, **ALL[case]):
+    with patch(host.model, **CASES[case]):
         dynamic, static = _generate(host, batch), _generate(host, batch, cache_implementation="static")
     assert _same(static, dynamic)
     expected = [layer.keys.shape[2] for layer in dynamic.past_key_values.layers]
