@@ -22,7 +22,8 @@ def tiny_llava(folder: str = "", reads_at: int | None = None, channels: int = 64
     raw = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, model_input_names=inputs, **names)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
 
     torch.manual_seed(0)
