@@ -109,12 +109,20 @@ class DriftResult(Result):
             return "Undecided: half of the positions are the base's exactly, but some are not (worst 5 % in the table)."
         layer, brought = worst.median.index(lowest), 1 - worst.input >= (1 - lowest) / 2
         source = {"image": "the vision tower and the projector", "text": "the token embeddings"}[kind]
-        where = f"most of it comes in from {source}" if brought else "most of it arises in the decoder's layers"
+        where = f"most of it comes in from {source}" if brought else "most of it appears in the decoder's layers"
         return f"The lower layers have drifted, most at {kind} positions of layer {layer}; {where}."
 
     def caution(self) -> str:
         """What a cosine does not say."""
-        return "" if self._same() else "That states turned does not say that answers got worse: judge both on a task."
+        return (
+            ""
+            if self._same()
+            else (
+                "That states turned does not say that answers got worse: "
+                "judge both on a task. Layers that are the base's own "
+                "can make a change of their input grow."
+            )
+        )
 
     def _same(self) -> bool:
         """Whether every cosine that is known is 1."""

@@ -287,7 +287,7 @@ def write_page(values: dict[str, Any], folder: Path) -> Path:
         """Escaped text with the first mention of each term made a link to its explanation."""
         shown = html.escape(text)
         for number, term in enumerate(explained, 1):
-            found = re.compile(rf"\b{re.escape(html.escape(term))}\b(?![^<]*</a>)")
+            found = re.compile(rf"\b{re.escape(html.escape(term))}\b(?![^<]*</a>)", re.IGNORECASE)
             shown = found.sub(rf'<a href="#term-{number}">\g<0></a>', shown, count=1)
         return shown
 

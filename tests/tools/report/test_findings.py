@@ -91,7 +91,7 @@ def test_drift_says_where_it_begins():
         in replace(base, image=brought).finding()
     )
     found = replace(base, text=made)
-    assert "text positions of layer 1; most of it arises in the decoder" in found.finding()
+    assert "text positions of layer 1; most of it appears in the decoder" in found.finding()
     assert "5 % of the positions lie below 1.000000 and 0.800000" in found.summary()
     few = DriftCurves([1.0, 1.0], [1.0, 0.5], 1.0, 1.0, 9)
     assert replace(base, image=few).finding().startswith("Undecided")
@@ -182,5 +182,5 @@ def test_the_page_opens_with_the_finding_and_links_its_terms(tmp_path):
         text.index(part)
         for part in ("Take it &amp; go.", 'The <a href="#term-2">logit lens</a> says 3.', "<b>But:</b>")
     ]
-    assert order == sorted(order) and "&lt;these&gt;" in text
+    assert order == sorted(order) and '<a href="#term-1">Attention mass</a> is text' in text and "&lt;these&gt;" in text
     assert 'id="term-2"' in text and "KL(p_final || p_layer)" in text and "FVU" not in text
