@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from llava_patch.core.memory import default_dtype
 from llava_patch.hosts.sizes import IMAGE_TOKENS, TOWERS, Shape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.patching.patch import patch
-from llava_patch.settings.methods import FastV, Routing
+from llava_patch.settings.methods import FastV, PyramidDrop, Routing, SparseVLM
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ def methods(n_layers: int, split: int, lora: bool = True) -> list[Method]:
         rows.append(Method(f"FastV(2, {ratio})", pruned(ratio), Partner("r = 0 is stock", pruned(0))))
         off = Partner("r = 0 is LF", {**routed("lf"), **pruned(0)}, routed("lf"))
         rows.append(Method(f"LF + FastV(2, {ratio})", {**routed("lf"), **pruned(ratio)}, off))
+    for staged in (PyramidDrop(), SparseVLM()):
+        if n_layers > staged.layers[-1]:
+            off = Partner("what keeps all is stock", {"pruning": replace(staged, keep=(1.0,) * len(staged.layers))})
+            rows.append(Method(type(staged).__name__, {"pruning": staged}, off))
     for rank in (16, 64) if lora else ():
         rows.append(Method(f"LoRA, r = {rank}", {}, Partner("B = 0 is stock", None), lora_rank=rank))
     return rows

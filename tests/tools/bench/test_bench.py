@@ -26,6 +26,7 @@ def test_the_table_has_every_variant_and_baseline():
         "stock", "LF", "LF, K = 2", "PC", "KV", "ideal", "VTW", "FastV(2, 0.5)", "LF + FastV(2, 0.5)", "FastV(2, 0.75)",
         "LF + FastV(2, 0.75)", "LoRA, r = 16", "LoRA, r = 64",
     ]  # fmt: skip
+    assert [m.name for m in methods(32, 18) if m.name not in ROWS] == ["PyramidDrop", "SparseVLM"]
 
 
 @torch.no_grad()
