@@ -230,6 +230,7 @@ def bench(
     compiled: bool = typer.Option(
         False, "--compiled", help="time decode with a static cache and torch.compile instead"
     ),
+    host: bool = typer.Option(False, "--host", help="count operations and processor time at a tiny width instead"),
     output: Optional[Path] = output_option("bench", "SHAPE"),
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -238,6 +239,8 @@ def bench(
     With --fusions: prefill and a full training step of every vision
     fusion, tower included. With --compiled: a decoded token with a
     static cache, compiled, beside the dynamic cache, stock and routed.
+    With --host: what the host does for each method, where arithmetic is
+    nothing: what a GPU waits for at batch 1.
     """
     import torch
     from rich.console import Console
@@ -248,6 +251,7 @@ def bench(
     from llava_patch.measurements.asked import ASKED, check_kept
     from llava_patch.tools.bench import compiled as steps
     from llava_patch.tools.bench import fusion, measure, methods, report
+    from llava_patch.tools.bench import host as work
 
     if shape not in sizes.SHAPES:
         raise SettingError(f"--shape {shape}: expected one of {', '.join(sizes.SHAPES)}")
@@ -266,6 +270,10 @@ def bench(
             "--compiled: times decode with static caches, whose masks flash attention does not know: leave --fusions "
             "and --train out, and choose --attention sdpa or eager"
         )
+    if host and (fusions or compiled or train or split >= 0 or shape != "small" or text != [64] or batch != [1]):
+        raise SettingError(
+            "--host: has a model and a prompt of its own: give it --repeats, --attention or --output alone"
+        )
     tower = sizes.TOWERS["none" if not fusions else "small" if shape == "small" else "large"]
     console, machine = Console(), report.machine(torch.device(device))
     asked: dict[str, Any] = {
@@ -276,7 +284,8 @@ def bench(
         asked |= {"--split": split, "--text": text, "--batch": batch, "--train": train, "--lora": lora}
 
     def build() -> tuple[Any, dict[str, Any]]:
-        model: Any = methods.build(size, device, number, attention, tower)
+        more = {"side": work.IMAGE} if host else {}
+        model: Any = methods.build(work.SHAPE if host else size, device, number, attention, tower, **more)
         return model, {
             **machine,
             "shape": shape,
@@ -295,7 +304,7 @@ def bench(
 
     settings = [(samples, words) for samples in batch for words in text]
     kind = "compiled_decode" if compiled else "routing"
-    names = [name_of(*one) for one in settings] if fusions else [f"{kind}_{shape}"]
+    names = [name_of(*one) for one in settings] if fusions else ["host" if host else f"{kind}_{shape}"]
     folder = check_output(output or place("bench", shape))
     with results_in(folder):
         for name in names if not overwrite else ():
@@ -310,6 +319,13 @@ def bench(
                 wrote(report.write_fusions(folder, name, rows, title, about))
             return
         model, about = build()
+        if host:
+            title = f"{work.SHAPE.layers} layers of width {work.SHAPE.hidden}, {about['device']}, one thread, {dtype}"
+            compared = methods.methods(work.SHAPE.layers, work.SHAPE.split, lora=False)
+            found = work.measure(model, compared, repeats=repeats)
+            show(console, *report.host_table(found), [], title)
+            wrote(report.write_host(folder, names[0], found, title, about))
+            return
         tables: dict[str, Any] = {}
         for samples, words in settings:
             title = f"{shape}: 576 image + {words} text tokens, batch {samples}, {about['device']}, {dtype}"

@@ -322,6 +322,11 @@ def reports(prepare: Any) -> bool:
     return getattr(prepare, _REPORTS, False)
 
 
+@functools.cache
+def _brings(name: str) -> bool:
+    return _BRINGS.search(name) is not None
+
+
 def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     """Refuse arguments that bring images in another way than the one that is routed; hosts may drop unknown ones.
 
@@ -330,7 +335,7 @@ def _check_arguments(call: HostCall, given: dict[str, Any]) -> None:
     anatomy = call.anatomy
     taken = _TAKEN[anatomy.host] | (_TAKEN_WITH_VIDEOS if anatomy.takes_videos else set())
     for name, value in given.items():
-        if value is None or name in taken or not _BRINGS.search(name):
+        if value is None or name in taken or not _brings(name):
             continue
         if any(images.rows for images in call.images):
             raise not_routed(anatomy)

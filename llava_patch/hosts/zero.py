@@ -20,9 +20,14 @@ _MARKS = ("ds_id", "_fsdp_flattened", "full_tensor")  # on a parameter, of ZeRO-
 
 def bare(module: Any) -> Any:
     """What torch.compile, torch's CheckpointWrapper and FSDP1 wrap: they run it as it is."""
-    while name := next((name for name in _WRAPPERS if name in getattr(module, "_modules", ())), None):
-        module = getattr(module, name)
-    return module
+    while True:
+        inside: Any = getattr(module, "_modules", ())
+        for name in _WRAPPERS:  # asked several times a layer and call
+            if name in inside:
+                module = inside[name]
+                break
+        else:
+            return module
 
 
 def plain_name(name: str) -> str:

@@ -213,8 +213,7 @@ class RoutedForward:
         prunes = self.schedule.prune_at is not None
         if prunes:
             call.protected = _read(call, context) if context.read is None else _fit("labels", context.read, call)
-        valid = torch.ones_like(image_mask) if call.valid is None else call.valid
-        counts = Counts.of(image_mask, valid, context.suffix or 1, call.protected)
+        counts = Counts.of(image_mask, call.valid, context.suffix or 1, call.protected)
         if warns and not counts.suffix_valid:
             _warn_right_padding()
         if min(a + b for a, b in zip(counts.image, counts.text, strict=True)) == call.queries:
@@ -222,7 +221,7 @@ class RoutedForward:
         if prunes and not context.generating and call.suffix != 1 and not counts.suffix_text:
             call.suffix = None  # some of the last positions may be pruned, as on a plain forward
         if max(counts.image) > 0:
-            call.image_mask, call.counts = image_mask & valid, counts
+            call.image_mask, call.counts = image_mask if call.valid is None else image_mask & call.valid, counts
             if self.schedule.injections and call.stacked is None:
                 raise InputError(
                     "DeepStack adds the image at several decoder layers, but this call brings its embeddings without "
@@ -285,4 +284,4 @@ def _fit(what: str, mask: Tensor, call: Call) -> Tensor:
         )
     if not len(mask) or batch % len(mask):
         raise InputError(f"{what} are for {mask.shape[0]} samples but the decoder got {batch}: give a row a sample")
-    return mask.repeat_interleave(batch // mask.shape[0], dim=0)
+    return mask if len(mask) == batch else mask.repeat_interleave(batch // mask.shape[0], dim=0)

@@ -1,8 +1,10 @@
 """Where image and text tokens go: index sets of a ragged batch. Mathematics only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,27 +124,28 @@ class Counts:
     suffix_valid: bool  # whether the last columns (as many as were asked about) are valid in every sample
     suffix_text: bool  # whether they are all text
     protected: tuple[int, ...]  # per sample, image positions that are read
+    # The image and text positions as the host has read them, bool [batch, tokens]: what is worked out of them there
+    # launches nothing on the device. None: they have been decided on the device since.
+    masks: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, image_mask: Tensor, valid: Tensor, suffix: int = 1, protected: Tensor | None = None) -> "Counts":
+    def of(cls, image_mask: Tensor, valid: Tensor | None, suffix: int = 1, protected: Tensor | None = None) -> "Counts":
         """Count a batch, with one synchronisation whatever its size.
 
-        `image_mask`, `valid` (False at padding) and `protected` (positions that are read; None: none) are bool [batch,
-        tokens]; `suffix_valid` and `suffix_text` speak of the last `suffix` columns.
+        `image_mask`, `valid` (False at padding; None: no padding) and `protected` (positions that are read; None: none)
+        are bool [batch, tokens]; `suffix_valid` and `suffix_text` speak of the last `suffix` columns.
         """
-        image_mask = image_mask & valid
-        text_mask = valid & ~image_mask
-        places = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device)
-        rows = [
-            image_mask.sum(1),
-            text_mask.sum(1),
-            (image_mask * places).amax(1),
-            valid[:, -suffix:].all(1).long(),
-            text_mask[:, -suffix:].all(1).long(),
-            (torch.zeros_like(image_mask) if protected is None else protected & image_mask).sum(1),
-        ]
-        image, text, ends, suffix_valid, suffix_text, kept = torch.stack(rows).tolist()
-        return cls(tuple(image), tuple(text), max(ends), all(suffix_valid), all(suffix_text), tuple(kept))
+        read = [mask for mask in (image_mask, valid, protected) if mask is not None]
+        image, *rest = torch.stack(read).cpu().numpy()
+        here = np.ones_like(image) if valid is None else rest.pop(0)
+        image = image & here
+        text = here & ~image
+        ends = (image * np.arange(1, image.shape[1] + 1)).max(1, initial=0)
+        kept = np.zeros_like(image) if protected is None else rest.pop() & image
+        return cls(
+            tuple(image.sum(1).tolist()), tuple(text.sum(1).tolist()), int(ends.max()),
+            bool(here[:, -suffix:].all()), bool(text[:, -suffix:].all()), tuple(kept.sum(1).tolist()), (image, text),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,30 +173,56 @@ class RoutingPlan:
 def make_plan(image_mask: Tensor, valid: Tensor | None, counts: Counts | None = None) -> RoutingPlan:
     """Split a batch into image and text positions by bool [batch, tokens]; `valid` is False at padding, None without.
 
-    `counts` is what `Counts.of` says of the two masks, when the caller knows it already.
+    `counts` is what `Counts.of` says of the two masks, when the caller knows it already. Where it holds the masks, the
+    plan is made on the host and copied at once, else on their device.
     """
-    if valid is None:
-        valid = torch.ones_like(image_mask)
     counts = Counts.of(image_mask, valid) if counts is None else counts
+    if counts.masks is not None:
+        image, text = counts.masks
+        indices = _places(image, counts.image), _places(text, counts.text)
+        rows = _rows(image, text, counts, np.where)
+        packed = torch.from_numpy(np.concatenate([*indices, rows], axis=1)).to(image_mask.device)
+        at = indices[0].shape[1], indices[1].shape[1], rows.shape[1]
+        images, texts, restore = packed.split(at, dim=1)
+        return RoutingPlan(
+            PositionSet(images, _valid(counts.image, image_mask.device)),
+            PositionSet(texts, _valid(counts.text, image_mask.device)),
+            restore,
+        )
+    valid = torch.ones_like(image_mask) if valid is None else valid
     image_mask = image_mask & valid
     text_mask = valid & ~image_mask
-    image, text = positions(image_mask, counts.image), positions(text_mask, counts.text)
-    n_image = max(counts.image)
-    image_row = image_mask.cumsum(1) - 1 + (n_image - image_mask.sum(1, keepdim=True))
-    text_row = text_mask.cumsum(1) - 1 + (max(counts.text) - text_mask.sum(1, keepdim=True)) + n_image
-    restore = torch.where(image_mask, image_row, torch.where(text_mask, text_row, torch.zeros_like(text_row)))
-    return RoutingPlan(image, text, restore)
+    restore = _rows(image_mask, text_mask, counts, torch.where)
+    return RoutingPlan(positions(image_mask, counts.image), positions(text_mask, counts.text), restore)
+
+
+def _rows(image: Any, text: Any, counts: Counts, where: Callable[..., Any]) -> Any:
+    """`RoutingPlan.restore` of masks on the host or on a device; sets are left-padded to the longest sample's."""
+    n_image, n_text = max(counts.image), max(counts.text)
+    image_row, text_row = image.cumsum(1), text.cumsum(1)
+    image_row = image_row - 1 + (n_image - image_row[:, -1:])
+    text_row = text_row - 1 + (n_text - text_row[:, -1:]) + n_image
+    return where(image, image_row, where(text, text_row, 0))
 
 
 def positions(mask: Tensor, counts: tuple[int, ...]) -> PositionSet:
     """The places where a mask, bool [batch, tokens], is set; `counts`: how many there are in each sample."""
-    tokens, n = mask.shape[1], max(counts)
     # A stable sort of 0/1 puts the wanted places last and keeps their order.
-    index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, tokens - n :]
+    index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, mask.shape[1] - max(counts) :]
+    return PositionSet(index, _valid(counts, mask.device))
+
+
+def _places(mask: np.ndarray, counts: tuple[int, ...]) -> np.ndarray:
+    """The index of `positions`, on the host."""
+    return mask.argsort(axis=1, kind="stable")[:, mask.shape[1] - max(counts) :]
+
+
+def _valid(counts: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Which places of sets of these sizes are no padding; None: all."""
+    n = max(counts)
     if min(counts) == n:
-        return PositionSet(index, None)
-    places = torch.arange(n, device=mask.device)[None]
-    return PositionSet(index, places >= n - mask.sum(1, keepdim=True))
+        return None
+    return torch.from_numpy(np.arange(n) >= n - np.array(counts)[:, None]).to(device)
 
 
 def passed(masks: list[Tensor]) -> Tensor:
@@ -218,5 +247,7 @@ def put_back(base: Tensor, kept: PositionSet, states: Tensor) -> Tensor:
 def _gather(values: Tensor, index: Tensor) -> Tensor:
     # One flat index_select: on CPU and in backward cheaper than gather with an index of [batch, n, channels].
     batch, n = index.shape
+    if batch == 1:
+        return values[0].index_select(0, index[0])[None]
     offset = torch.arange(batch, device=index.device)[:, None] * values.shape[1]
     return values.flatten(0, 1).index_select(0, (index + offset).flatten()).view(batch, n, values.shape[-1])

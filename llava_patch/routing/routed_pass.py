@@ -96,6 +96,11 @@ class RoutedPass:
         self.windowed = window is not None and call.seen + call.queries > window
         self.observer = observer()
         self.recorded: list[Tensor] | None = [] if call.recording else None
+        # Whether layers may run in a row: nobody looks on, and no layer has a graph, or what would become one.
+        self.quick = (
+            self.observer is None and self.recorded is None and not call.in_order and not self.decoder.training
+            and not torch.is_grad_enabled() and compat.run_in_a_row(self.layers)
+        )  # fmt: skip
         self.image_mask, self.counts = call.image_mask, call.counts
         self.plan: RoutingPlan | None = None
         self.main: PositionSet | None = None  # what pruning left, as columns of this call; None: all
@@ -131,14 +136,12 @@ class RoutedPass:
         keep_graph = self._graph_below_split()
         with torch.set_grad_enabled(keep_graph):
             self._open(call.embeds if keep_graph else call.embeds.detach())
-            for number in range(split):
-                self._layer(number)
+            self._layers(0, split)
             if split in self.stages:
                 self._prune(split)
         if split < end:
             self._part_streams()
-            for number in range(split, end):
-                self._layer(number)
+            self._layers(split, end)
         hidden = self._whole(end)
         if self.zero is not None:
             hidden = hidden + self.zero
@@ -157,7 +160,44 @@ class RoutedPass:
             hidden_states=None if self.recorded is None else tuple(self.recorded),  # type: ignore[arg-type]
         )
 
-    # --- one layer ----------------------------------------------------------------------------------------------------
+    # --- layers -------------------------------------------------------------------------------------------------------
+
+    def _layers(self, begin: int, end: int) -> None:
+        """Run some layers in order: those in a row that ask for nothing in between without what each alone needs."""
+        number = begin
+        while number < end:
+            stop = self._alike_until(number, end)
+            if stop == number:
+                self._layer(number)
+                number += 1
+                continue
+            apart = self.plan is not None  # then these are layers of text alone
+            states = self._text() if apart else self._whole(number)
+            stream = self.text_stream if self.schedule.modes[number] is LayerMode.TEXT else self.main_stream
+            states = compat.call_layers(
+                self.layers[number:stop], states, cache=self.call.cache, attention_mask=stream.mask,
+                position_ids=stream.position_ids, position_embeddings=stream.rotary, use_cache=self.call.use_cache,
+            )  # fmt: skip
+            self.text, self.merged = (states, None) if apart else (None, states)
+            number = stop
+
+    def _alike_until(self, number: int, end: int) -> int:
+        """The end of a run of layers that begins here, all of one stream; `number` itself where there is none."""
+        if not self.quick or self.zero is not None:
+            return number
+        text = self.schedule.modes[number] is LayerMode.TEXT
+        if self.plan is not None and not (text and self._text().shape[1]):
+            return number
+        stop = number
+        while stop < end and not self._is_special(stop) and (self.schedule.modes[stop] is LayerMode.TEXT) == text:
+            stop += 1
+        return stop
+
+    def _is_special(self, number: int) -> bool:
+        """Whether something is done before, in or after this layer alone."""
+        if number == self.last or number in self.stages or number in self.read:
+            return True
+        return self.call.stacked is not None and number in self.schedule.injections
 
     def _layer(self, number: int) -> None:
         mode = self.schedule.modes[number]
@@ -274,7 +314,8 @@ class RoutedPass:
         self.text, self.plan = None, None
 
     def _call_layer(self, number: int, hidden: Tensor, stream: Stream) -> Tensor:
-        self._tell(number, stream, stream)
+        if self.observer is not None:
+            self._tell(number, stream, stream)
         layer = self.layers[number]
         hidden = prime(hidden, layer)
         return compat.call_layer(
@@ -426,12 +467,13 @@ class RoutedPass:
         if call.kept is not None:
             kept = self._at_main(call.kept) > stage
             kept = (kept if protected is None else kept | protected) & valid
-            self.counts = Counts.of(image_mask & kept, kept)
+            # Of the columns that are left, which the host's masks are not.
+            self.counts = replace(Counts.of(image_mask & kept, kept), masks=None)
             return kept
         keep = pruning.keep_counts(stage, call.counts.image, call.counts.protected)
         scores = pruning.scores(Seen(image_mask, functools.partial(self._attention, number, hidden)))
         kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, protected))
-        self.entered, self.attention, self.counts = None, None, replace(self.counts, image=keep)
+        self.entered, self.attention, self.counts = None, None, replace(self.counts, image=keep, masks=None)
         return kept
 
     def _at_main(self, mask: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from llava_patch.hosts.compat.features import parameters_of
 from llava_patch.hosts.compat.layers import (
     cache_argument,
     call_layer,
+    call_layers,
     checkpointed,
     input_grads_are_forced,
     layer_cache_argument,
     layer_output,
     prepare_layers,
+    run_in_a_row,
 )
 from llava_patch.hosts.compat.masks import (
     allow_any_mask,
@@ -61,11 +63,12 @@ from llava_patch.hosts.compat.vision import (
 
 __all__ = [
     "SUPPORTED_TRANSFORMERS", "allow_any_mask", "as_cache", "as_here", "as_read", "ask_all_states", "attention_of",
-    "backend_of", "brings_towers", "cache_argument", "cache_layers", "call_layer", "causal_mask", "check_versions",
-    "checkpointed", "choose_backend_again", "dtype_argument", "encode_in_forward", "input_grads_are_forced",
-    "inverse_frequencies", "keep_beams", "keep_every_position", "keep_floating", "known_options",
-    "layer_cache_argument", "layer_output", "layout_options", "load_saved_names", "makes_windows", "neutral_tower",
-    "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask", "prepare_layers", "rope_type",
-    "rotary", "rotary_of_call", "saves_offloaded", "scaling", "sliding_window", "stock_mask", "stored_dtype",
-    "take_held", "text_config", "ties_last_state", "to_forget", "unsupported", "use_backend", "visible",
+    "backend_of", "brings_towers", "cache_argument", "cache_layers", "call_layer", "call_layers", "causal_mask",
+    "check_versions", "checkpointed", "choose_backend_again", "dtype_argument", "encode_in_forward",
+    "input_grads_are_forced", "inverse_frequencies", "keep_beams", "keep_every_position", "keep_floating",
+    "known_options", "layer_cache_argument", "layer_output", "layout_options", "load_saved_names", "makes_windows",
+    "neutral_tower", "new_cache", "one_tensor", "parameters_of", "pil_processor", "position_mask", "prepare_layers",
+    "rope_type", "rotary", "rotary_of_call", "run_in_a_row", "saves_offloaded", "scaling", "sliding_window",
+    "stock_mask", "stored_dtype", "take_held", "text_config", "ties_last_state", "to_forget", "unsupported",
+    "use_backend", "visible",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_patch.core.compiled import follow_as, varies
+from llava_patch.core.compiled import follow_as, following, varies
 from llava_patch.core.undo import UndoStack
 from llava_patch.hosts.compat.features import parameters_of
 from llava_patch.hosts.compat.positions import giving, looks_up, take_given
@@ -50,7 +50,12 @@ def prepare_layers(decoder: Any, layers: Iterable[Any], undo: UndoStack) -> None
 
 def _checkpoints_itself(layer: Any) -> bool:
     """Whether a layer's own `__call__` does the gradient checkpointing (4.53 on)."""
-    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(layer).__mro__)
+    return _checkpointing_class(type(layer))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _checkpointing_class(layer_class: type) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in layer_class.__mro__)
 
 
 def call_layer(
@@ -69,6 +74,51 @@ def call_layer(
     if not _checkpoints_itself(own):
         run = functools.partial(_call_older, layer, arguments)
         return checkpointed(layer, run, hidden_states) if checkpoint else run(hidden_states)
+    call = _compiled if following() else _plain
+    if checkpoint or not getattr(own, "gradient_checkpointing", False):
+        return call(layer, hidden_states, cache, checkpoint, arguments)
+    own.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
+    try:
+        return call(layer, hidden_states, cache, checkpoint, arguments)
+    finally:
+        own.gradient_checkpointing = True
+
+
+def run_in_a_row(layers: list[Any]) -> bool:
+    """Whether `call_layers` may be called: layers of 4.53 on, and no compiler at work around the patch."""
+    return not following() and _checkpoints_itself(bare(layers[0]))
+
+
+def call_layers(
+    layers: Iterable[Any],
+    hidden_states: Tensor,
+    *,
+    cache: Any,
+    attention_mask: Callable[[Any], Any],
+    **arguments: Any,
+) -> Tensor:
+    """`call_layer` for several in a row, in evaluation and without gradients: [batch, tokens, hidden] to the same.
+
+    `attention_mask` gives that of a layer; the other arguments are the same for all. What a host does between two of
+    its layers is next to nothing, and so is this: a GPU waits for it where a batch is small.
+    """
+    if cache is not None:
+        arguments[layer_cache_argument()] = cache
+    config, mask = None, None
+    for layer in layers:
+        if (own := layer.self_attn.config) is not config:  # which says the backend; a decoder's layers share it
+            config, mask = own, attention_mask(layer)
+        output = layer(hidden_states, attention_mask=mask, **arguments)
+        hidden_states = output[0] if isinstance(output, tuple) else output
+    return hidden_states
+
+
+def _plain(layer: Any, hidden_states: Tensor, cache: Any, checkpoint: bool, arguments: dict[str, Any]) -> Tensor:
+    return layer_output(layer(hidden_states, **arguments))
+
+
+def _compiled(layer: Any, hidden_states: Tensor, cache: Any, checkpoint: bool, arguments: dict[str, Any]) -> Tensor:
+    """The same, followed by the compiler that is at work around the patch."""
     for tensor in (hidden_states, *arguments.get("position_embeddings", ())):
         varies(tensor, 0, 1)
     for name in ("attention_mask", "position_ids", "cache_position"):
@@ -76,14 +126,8 @@ def call_layer(
     # What compiled layers have in common. With a cache that is nothing: a layer's number then is in its graph.
     number = None if getattr(cache, "cache", cache) is None else int(layer.self_attn.layer_idx)
     given = frozenset(name for name, value in arguments.items() if value is not None)
-    role = (type(own).__name__, checkpoint, given, number, torch.is_grad_enabled())
-    if checkpoint or not getattr(own, "gradient_checkpointing", False):
-        return layer_output(follow_as(role, layer, hidden_states, **arguments))
-    own.gradient_checkpointing = False  # read by the layer's `__call__`, from 5.2x on by its `forward`
-    try:
-        return layer_output(follow_as(role, layer, hidden_states, **arguments))
-    finally:
-        own.gradient_checkpointing = True
+    role = (type(bare(layer)).__name__, checkpoint, given, number, torch.is_grad_enabled())
+    return layer_output(follow_as(role, layer, hidden_states, **arguments))
 
 
 def _call_older(layer: Any, arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:

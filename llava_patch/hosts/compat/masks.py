@@ -130,16 +130,16 @@ def position_mask(
 ) -> Tensor:
     """Causal mask between positions in any order, for sdpa and eager attention: [batch, 1, queries, keys].
 
-    It is bool (sdpa) or additive in `dtype`, the hidden states' (eager); the other arguments are those of `visible`.
+    It is additive in `dtype`, the hidden states': sdpa would turn a bool one into just this, once a layer. The other
+    arguments are those of `visible`.
     """
     allowed = visible(config, query_index, key_index, key_valid)
     if key_valid is not None:
         # A query that is padding may see nothing; let it see itself, so that no row is empty.
         allowed |= query_index[:, :, None] == key_index[:, None]
     allowed = allowed[:, None]
-    if attention_of(config) == "eager":
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-    return allowed
+    nothing = torch.finfo(dtype).min if attention_of(config) == "eager" else float("-inf")
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, nothing)
 
 
 def attention_of(config: Any) -> str:
@@ -157,6 +157,7 @@ def _classes_of(attention: Any) -> dict[str, type]:
     return _classes_in(sys.modules[type(attention).__module__])
 
 
+@functools.cache  # asked once a layer and call
 def _classes_in(module: ModuleType | None) -> dict[str, type]:
     named = {} if module is None else vars(module)
     return next((value for name, value in named.items() if name.endswith("_ATTENTION_CLASSES")), {})

@@ -116,12 +116,20 @@ def partner_difference(model: Any, method: Method, inputs: dict[str, Any]) -> fl
 
 
 def build(
-    shape: Shape, device: str, dtype: torch.dtype, attention: str = "sdpa", tower: Mapping[str, int] = TOWERS["none"]
+    shape: Shape,
+    device: str,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    tower: Mapping[str, int] = TOWERS["none"],
+    side: int = 336,
 ) -> nn.Module:
-    """A Hugging Face LLaVA of a shape, in eval mode, with random weights: speed does not depend on the values."""
+    """A Hugging Face LLaVA of a shape, in eval mode, with random weights: speed does not depend on the values.
+
+    `side` is that of its images in pixels.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14)  # type: ignore[arg-type]
+    vision = CLIPVisionConfig(**tower, image_size=side, patch_size=14)  # type: ignore[arg-type]
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -135,7 +143,7 @@ def build(
         vision_config=vision,
         text_config=text,
         image_token_index=shape.vocabulary - 1,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(side // 14) ** 2,
         attn_implementation=attention,
     )
     torch.manual_seed(0)
@@ -143,13 +151,13 @@ def build(
         return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def make_inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS) -> dict[str, Any]:
+def make_inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOKENS, side: int = 336) -> dict[str, Any]:
     """A batch of equal prompts: a beginning token, one image, text."""
     generator = torch.Generator().manual_seed(0)
     marker = int(model.config.image_token_id)
     words = torch.randint(3, marker, (batch, text), generator=generator)
     ids = torch.cat([words[:, :1], torch.full((batch, image_tokens), marker), words[:, 1:]], dim=1)
-    pixels = torch.randn(batch, 3, 336, 336, generator=generator)
+    pixels = torch.randn(batch, 3, side, side, generator=generator)
     return {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids).to(model.device),

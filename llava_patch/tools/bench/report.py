@@ -5,6 +5,7 @@ import datetime
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,8 @@ from llava_patch.core.plotting import TEXT, TITLE, panels, write_figure
 from llava_patch.core.terminal import markdown
 from llava_patch.tools.bench.compiled import Row as CompiledRow
 from llava_patch.tools.bench.fusion import Row as FusionRow
+from llava_patch.tools.bench.host import Row as HostRow
+from llava_patch.tools.bench.host import least
 from llava_patch.tools.bench.measure import Row, ratio
 
 Table = tuple[list[str], list[list[str]]]
@@ -77,6 +80,37 @@ def compiled_table(rows: Sequence[CompiledRow]) -> Table:
         ("max |Δlogit|", lambda row: _difference(row.delta)),
     ]
     return _table(rows, columns)
+
+
+def host_table(rows: Sequence[HostRow]) -> Table:
+    """The table of the host's work; ratios refer to the first row, and are those of the least times."""
+    base = rows[0]
+    columns: list[tuple[str, Callable[[Any], str]]] = [("method", lambda row: row.method)]
+    for phase in ("prefill", "decode"):
+        ms, operations = f"{phase}_ms", f"{phase}_operations"
+        columns += [
+            (f"{phase} ms", partial(_least_ms, what=ms)),
+            ("/ stock", partial(_least_ratio, base=base, what=ms)),
+            ("operations", partial(_number, what=operations)),
+            ("/ stock", partial(_number_ratio, base=base, what=operations)),
+        ]
+    return _table(rows, columns)
+
+
+def _least_ms(row: HostRow, what: str) -> str:
+    return f"{min(getattr(row, what)):.1f}"
+
+
+def _least_ratio(row: HostRow, base: HostRow, what: str) -> str:
+    return f"{least(row, base, what):.3f}"
+
+
+def _number(row: HostRow, what: str) -> str:
+    return str(getattr(row, what))
+
+
+def _number_ratio(row: HostRow, base: HostRow, what: str) -> str:
+    return f"{getattr(row, what) / getattr(base, what):.3f}"
 
 
 def _table(rows: Sequence[Any], columns: Sequence[tuple[str, Callable[[Any], str]]]) -> Table:
@@ -163,6 +197,15 @@ def write_compiled(folder: Path, name: str, tables: dict[str, list[CompiledRow]]
     }
     pages = {title: [compiled_table(rows)] for title, rows in tables.items()}
     return _write(folder, name, pages, {**about, "tables": found})
+
+
+def write_host(folder: Path, name: str, rows: Sequence[HostRow], title: str, about: dict[str, Any]) -> list[Path]:
+    """Write `<name>.json` and `<name>.md` of the host's work; arguments as for `write`."""
+    values = [
+        {**asdict(row), **{f"{kind}_ratio": least(row, rows[0], f"{kind}_ms") for kind in ("prefill", "decode")}}
+        for row in rows
+    ]
+    return _write(folder, name, {title: [host_table(rows)]}, {**about, "table": title, "rows": values})
 
 
 def _write(folder: Path, name: str, pages: dict[str, list[Table]], values: dict[str, Any]) -> list[Path]:
