@@ -50,9 +50,11 @@ class Pruning:
     """Whether `scores` calls `attention`, whose cost `llava-patch flops` then counts."""
     READS_NEXT: ClassVar[bool] = False
     """Whether `attention` is that of layer k itself, from its input, and not that of layer k-1."""
-
     MANY_RATERS: ClassVar[bool] = False
-    """Whether `raters` may name more than one; `llava-patch flops` counts all text as raters, which is the most."""
+    """Whether `raters` says whose attention counts, and not each sample's last prompt token alone.
+
+    `llava-patch flops` then counts all text as raters, which is the most.
+    """
 
     training: bool
     """Whether it prunes in training mode too; the last token that is not padding then stands for the prompt's last."""
@@ -77,13 +79,13 @@ class Pruning:
         """
         raise NotImplementedError
 
-    def raters(self, embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> Tensor | None:
-        """Whose attention counts: bool [batch, tokens], text positions; None: each sample's last prompt token.
+    def raters(self, embeds: Tensor, image_mask: Tensor, text_mask: Tensor) -> Tensor:
+        """Whose attention counts, with `MANY_RATERS`: bool [batch, tokens], text positions.
 
         Asked once a call, of what comes to layer 0: `embeds` [batch, tokens, hidden] and, bool [batch, tokens], its
         image positions and its text positions up to the prompt's last token. A sample without any has the last one.
         """
-        return None
+        raise NotImplementedError
 
     @property
     def label(self) -> str:

@@ -462,17 +462,18 @@ class RoutedPass:
         call, image_mask, pruning, stage = self.call, self.image_mask, self.schedule.pruning, self.stages[number]
         assert image_mask is not None and call.counts is not None and pruning is not None and self.counts is not None
         valid = call.valid if self.main is None else self.main.valid
-        valid = torch.ones_like(image_mask) if valid is None else valid
         protected = None if call.protected is None else self._at_main(call.protected)
         if call.kept is not None:
             kept = self._at_main(call.kept) > stage
-            kept = (kept if protected is None else kept | protected) & valid
+            kept = kept if protected is None else kept | protected
+            kept = kept if valid is None else kept & valid
             # Of the columns that are left, which the host's masks are not.
             self.counts = replace(Counts.of(image_mask & kept, kept), masks=None)
             return kept
         keep = pruning.keep_counts(stage, call.counts.image, call.counts.protected)
         scores = pruning.scores(Seen(image_mask, functools.partial(self._attention, number, hidden)))
-        kept = valid & (~image_mask | choose_kept(scores, image_mask, keep, protected))
+        kept = ~image_mask | choose_kept(scores, image_mask, keep, protected)
+        kept = kept if valid is None else kept & valid
         self.entered, self.attention, self.counts = None, None, replace(self.counts, image=keep, masks=None)
         return kept
 
@@ -516,16 +517,15 @@ class RoutedPass:
             return self.raters
         call, pruning, last = self.call, self.schedule.pruning, self.call.last_index()[:, None]
         assert pruning is not None
-        mask, columns = None, torch.arange(call.queries, device=last.device)[None]
-        if call.image_mask is not None:
-            text_mask = ~call.image_mask & (columns <= last)
-            text_mask = text_mask if call.valid is None else text_mask & call.valid
-            mask = pruning.raters(call.embeds, call.image_mask, text_mask)
-        if mask is None:
+        if not pruning.MANY_RATERS or call.image_mask is None:
             self.raters = PositionSet(last, None)
-        else:
-            mask = mask | ((columns == last) & ~mask.any(1, keepdim=True))
-            self.raters = positions(mask, tuple(mask.sum(1).tolist()))
+            return self.raters
+        columns = torch.arange(call.queries, device=last.device)[None]
+        text_mask = ~call.image_mask & (columns <= last)
+        text_mask = text_mask if call.valid is None else text_mask & call.valid
+        mask = pruning.raters(call.embeds, call.image_mask, text_mask)
+        mask = mask | ((columns == last) & ~mask.any(1, keepdim=True))
+        self.raters = positions(mask, tuple(mask.sum(1).tolist()))
         return self.raters
 
     def _rows(self, columns: Tensor) -> Tensor:
