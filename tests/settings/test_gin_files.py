@@ -16,8 +16,11 @@ from llava_patch.settings.methods import (
     DenseConnector,
     DirectFusion,
     FastV,
+    PruMerge,
+    PyramidDrop,
     Routing,
     SkipLinks,
+    SparseVLM,
     VisionZip,
 )
 from llava_patch.tools.sweep.plan import make_plan, read_sweep
@@ -49,7 +52,8 @@ def _fits(routing, layers):
 
 def test_the_set_is_complete():
     expected = {f"dpvr_{v}_{z}" for v in ("lf", "pc", "kv", "ideal", "vtw") for z in WIDTHS}
-    expected |= {f"{name}_{z}" for name in ("fastv", "vision_zip", "lora_r16", "lora_r64", "full") for z in WIDTHS}
+    prunings = ("fastv", "pyramid_drop", "sparse_vlm", "vision_zip", "pru_merge")
+    expected |= {f"{name}_{z}" for name in (*prunings, "lora_r16", "lora_r64", "full") for z in WIDTHS}
     expected |= {f"sweep_{key}_{z}" for key in ("split", "fusion", "side") for z in WIDTHS}
     expected |= {f"{name}_{z}" for name in ("skiplinks", "skiplinks_stage1", "sweep_skiplinks") for z in WIDTHS}
     expected |= {f"{name}_stage2_{z}" for name in STAGE2 for z in WIDTHS}
@@ -130,6 +134,12 @@ def test_variants_of_one_size_differ_in_the_variant_alone(size):
 def test_other_baselines(size):
     assert config.read([f"fastv_{size}.gin"], []).pruning == FastV(layer=2, ratio=0.5)
     assert config.read([f"vision_zip_{size}.gin"], []).pruning == VisionZip(dominant=54, contextual=10)
+    assert config.read([f"pru_merge_{size}.gin"], []).pruning == PruMerge()
+    for name, method in (("pyramid_drop", PyramidDrop), ("sparse_vlm", SparseVLM)):
+        read, default = config.read([f"{name}_{size}.gin"], []).pruning, method()
+        assert read.keep == default.keep
+        depths = [layer / LAYERS[size] for layer in read.layers]
+        assert depths == pytest.approx([layer / LAYERS["7b"] for layer in default.layers], abs=0.01)
     for rank in (16, 64):
         read = config.read([f"lora_r{rank}_{size}.gin"], [])
         assert not read.patches
