@@ -47,6 +47,7 @@ LIGHT = {
     "llava_patch.core",
     "llava_patch.core.compiled",
     "llava_patch.core.errors",
+    "llava_patch.core.hub",
     "llava_patch.core.records",
     "llava_patch.core.registry",
     "llava_patch.core.stored",
