@@ -8,6 +8,7 @@ as one graph.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_patch.hosts.anatomy import Anatomy
@@ -56,9 +57,11 @@ def _cache(given: dict[str, Any]) -> Any:
 
 
 def _is_step(anatomy: Anatomy, given: dict[str, Any]) -> bool:
-    if not hasattr(_cache(given), "stepping") or anatomy.model.training:
+    if not hasattr(_cache(given), "stepping") or anatomy.model.training or torch.is_grad_enabled():
         return False
-    ids = given.get("input_ids")
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == 1:  # of the new token alone
+        return False
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or given.get("use_cache") is False:
         return False
     if any(value is not None and name not in _TAKEN for name, value in given.items()):

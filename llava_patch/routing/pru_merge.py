@@ -84,4 +84,7 @@ class PruMerge(TowerPruning):
         merged = torch.where(stays[..., None], features + weights @ features, features)
         rest = ((attention * ~stays).to(features.dtype)[:, None] @ features)[:, 0]
         place = stays.long().argmin(1, keepdim=True)
+        # Where no patch leaves, the place is one that stays, and keeps what it has.
+        here = merged.gather(1, place[..., None].expand(-1, -1, merged.shape[2]))[:, 0]
+        rest = torch.where(stays.all(1, keepdim=True), here, rest)
         return put(merged, place, rest[:, None]), stays.scatter(1, place, True)

@@ -77,7 +77,8 @@ def pru_merge(
         unlike = (-(direction @ direction[i])).tolist()
         others = sorted((j for j in patches if j != i), key=unlike.__getitem__)
         new[i] = states[i] + sum(looked[j] * states[j] for j in others[:neighbours])
-    new[leaving[0]] = sum(looked[j] * states[j] for j in leaving)
+    if leaving:
+        new[leaving[0]] = sum(looked[j] * states[j] for j in leaving)
     kept = torch.zeros(len(states), dtype=torch.bool)
-    kept[[*range(dropped, 1), *stays, leaving[0]]] = True
+    kept[[*range(dropped, 1), *stays, *leaving[:1]]] = True
     return new[dropped:], kept[dropped:]

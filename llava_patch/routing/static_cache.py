@@ -188,6 +188,11 @@ def check(cache: Any, schedule: LayerSchedule, decoder: Any) -> None:
             'a static KV cache needs masks that flash attention does not know: set attn_implementation = "sdpa", or do '
             "not set cache_implementation"
         )
+    if len({parameter.device for layer in decoder.layers for parameter in layer.parameters()}) > 1:
+        raise InputError(
+            "a static KV cache needs the decoder on one device here, and its layers are on several (device_map): do "
+            "not set cache_implementation"
+        )
     if torch.is_grad_enabled() or decoder.training:
         raise InputError(
             "a static KV cache is for generation and keeps no gradients: call the model under torch.no_grad() and "

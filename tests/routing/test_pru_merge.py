@@ -14,6 +14,7 @@ from llava_patch.measurements.flops.count import Mode, decoder_positions
 from llava_patch.routing import reference
 from llava_patch.routing.reference_tower import pru_merge
 from llava_patch.routing.schedule import make_schedule
+from llava_patch.routing.tower_pruning import TowerView
 from tests.support import models
 from tests.support.models import IMAGE, close
 from tests.support.routings import RAGGED, VARIANTS, alone, embeddings, extend
@@ -108,3 +109,19 @@ def test_a_tower_without_cls_is_refused() -> None:
     host = models.anyres_host("onevision", LlamaConfig(**models.TEXT))
     with pytest.raises(HostError, match="CLS token's attention, but this model's vision tower has none"):
         patch(host.model, pruning=MERGES[0])
+
+
+@torch.no_grad()
+def test_where_every_patch_stays_none_is_overwritten() -> None:
+    patches, outliers, width = 24, 5, 8
+    generator = torch.Generator().manual_seed(0)
+    query, keys = torch.zeros(width), torch.randn(1 + patches, width, generator=generator) * 0.1
+    query[0], keys[-outliers:, 0] = 4.0, 4.0  # the last patches stand out, and the grid is every one
+    states = torch.randn(1 + patches, width, generator=generator)
+    view = TowerView(
+        states[None, 1:], None, query[None, None, None], keys[None, None], width**-0.5, has_cls=True, first=1
+    )
+    found, stays = PruMerge(neighbours=3).reduce(view)
+    expected, kept = pru_merge(states, query[None], keys, True, 3, 1)
+    assert stays.all() and kept.all()
+    assert close(found[0], expected)

@@ -186,6 +186,8 @@ def test_what_a_static_cache_cannot_be(host):
             _prefill(host, batch, _static(host))
         host.decoder.config.sliding_window = None
         cache = _prefill(host, batch, _static(host))
+        with torch.enable_grad(), pytest.raises(InputError, match="no_grad"):  # nor may a step have gradients
+            host.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
         assert cache.nbytes() < 2 * 6 * LONGEST * 64 * 4  # bytes of a stock one: layers, positions, width, float32
         handle.remove()
         with pytest.raises(InputError, match="not routed"):

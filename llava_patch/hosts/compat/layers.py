@@ -85,8 +85,10 @@ def call_layer(
 
 
 def run_in_a_row(layers: list[Any]) -> bool:
-    """Whether `call_layers` may be called: layers of 4.53 on, and no compiler at work around the patch."""
-    return not following() and _checkpoints_itself(bare(layers[0]))
+    """Whether `call_layers` may be called: layers of 4.53 on, none checkpointing, no compiler around the patch."""
+    if following() or not _checkpoints_itself(bare(layers[0])):
+        return False
+    return not any(layer.training and getattr(bare(layer), _CHECKPOINTING, False) for layer in layers)
 
 
 def call_layers(
