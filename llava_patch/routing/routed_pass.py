@@ -506,7 +506,9 @@ class RoutedPass:
             if read < len(layers) and isinstance(layers[read].keys, Tensor):
                 held = layers[read].keys
                 if ahead:
-                    keys = call.cache.streams[kept_after(self.stages[number])].places.joined(keys)
+                    apart = self.schedule.modes[number] is LayerMode.TEXT  # which holds no image of an earlier turn
+                    name = TEXT if apart else kept_after(self.stages[number])
+                    keys = call.cache.streams[name].places.joined(keys)
         allowed = compat.visible(self.config, columns.index + call.seen, keys.index, keys.valid)
         rows = replace(columns, index=self._rows(columns.index))
         return attention_of(self.layers[read], states, rows, stream.rotary, held, allowed, ahead=ahead)

@@ -302,7 +302,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke(app, ["flops", "--shape", "small", "--text", "32", "--fusion-layers", "20,31"])
     assert run.exit_code == 0, run.output
-    assert "LF, K at 20,31" in run.output and "wrote flops/small/flops.png" in run.output
+    assert "LF, K at 20,31" in run.output and "wrote llava_patch_out/flops/small/flops.png" in run.output
     bound = ["flops", "--shape", "small", "--gin-param", "Routing.split = 20", "--tiles", "2", "--output", "here"]
     run = CliRunner().invoke(app, bound)
     assert json.loads((tmp_path / "here/flops.json").read_text())["tables"][0]["prompt"]["tiles"] == 2

@@ -70,9 +70,9 @@ class Oracle:
         self.after.append((output[0] if isinstance(output, tuple) else output)[0])
 
     def keys(self, layer: int) -> Tensor:
-        """Positions of a layer's keys; those of KV, which asks with text only, are what the last layer holds."""
+        """Positions of a layer's keys; those of KV, which asks with text only, are what some whole layer holds."""
         count = self.weights[layer].shape[-1]
-        for found in (self.places[layer], self.places[-1], torch.arange(len(self.image))):
+        for found in (self.places[layer], *self.places, torch.arange(len(self.image))):
             if len(found) == count:
                 return found
         raise AssertionError(count)

