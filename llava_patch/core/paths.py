@@ -15,9 +15,12 @@ def cache_folder() -> Path:
 
 
 def default_name(checkpoint: str) -> str:
-    """Name of the results' folder: the checkpoint's, with its parent's where it is one of several of a run."""
-    path = Path(named(checkpoint))
-    return f"{path.parent.name}__{path.name}" if path.name.startswith("checkpoint-") else path.name
+    """Name of the results' folder: the checkpoint's, with its parents' where it has the same one in every run."""
+    *before, last = Path(named(checkpoint)).parts
+    names = [last]
+    while before and (names[0].startswith("checkpoint-") or names[0] == "llava_patch_adapter"):
+        names.insert(0, before.pop())
+    return "__".join(names)
 
 
 def named(checkpoint: str) -> str:

@@ -139,6 +139,11 @@ class FusionAttentionResult(Result):
         where = f"layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}"
         if own == 0:
             return f"Text does not look at the image at all in {where}."
+        if above and own < base:
+            return (
+                f"Undecided: in {where} {above} of {heads} heads look at the image more than twice as much as the "
+                "base's, but all together less."
+            )
         if above:
             return (
                 f"Text has learned to look at the image in {where}: {above} of {heads} heads, more than twice the base."

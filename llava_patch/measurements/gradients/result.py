@@ -160,6 +160,8 @@ class GradientsResult(Result):
                 else "Leave the taps attached: by the detaching condition a step without the skip gradient is worse."
             )
         low, high = median_interval([s.cosine for s in measured])
+        if math.isinf(low):
+            return f"Undecided: {len(measured)} batches are too few for an interval; give more samples."
         if high < 0:
             return "The skip gradient pulls against the main one: detached taps spare the block that conflict."
         if low > 0:

@@ -168,15 +168,23 @@ class RProbeResult(Result):
         return f" ({', '.join(found)})" if found else ""
 
     def finding(self) -> str:
-        """Whether the projected tokens carry the text's pixels: the probe against a constant patch."""
+        """What the probe rebuilds the text's pixels from, and whether better than a constant patch."""
         if self.mse_interval is None:
             return "Undecided: an error of one held-out document has no interval; give more documents."
         low, high = self.mse_interval
         if high < self.constant_mse:
-            return (
-                "The projected tokens carry the text: the probe rebuilds it better than a constant patch, with "
-                f"{self.fvu:.0%} of its variance left."
-            )
+            left = f"better than a constant patch, with {self.fvu:.0%} of its variance left"
+            if self.settings.get("masked"):
+                told = "its text and what surrounds it" if self.settings.get("text") else "what surrounds it alone"
+                return (
+                    f"The region is masked, and the probe rebuilds it from {told} {left}: nothing of the tokens in it."
+                )
+            if self.settings.get("text"):
+                return (
+                    f"The probe rebuilds the text's pixels from tokens and transcript {left}; which of the two it "
+                    "reads the ablation says (--ablation)."
+                )
+            return f"The projected tokens carry the text: the probe rebuilds it {left}."
         if low > self.constant_mse:
             return "The probe learned nothing: it is worse than a constant patch; train it longer before concluding."
         return "Undecided: the probe cannot be told from a constant patch; train it longer or give more documents."

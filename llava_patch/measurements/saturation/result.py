@@ -190,9 +190,14 @@ class SaturationResult(Result):
             if self.curves.knocked_out:
                 why = "the answers hardly change without any image: take samples whose answers need it"
             return f"Undecided: {why}; attention mass and logit lens {others}."
+        interval = self.split_interval()
+        if split is None and interval is not None and interval[0] is not None:
+            return (
+                "Undecided: the answers seem to need the image to the last layers, but within two standard errors "
+                f"split {interval[0]} keeps them: take more samples."
+            )
         if split is None:
             return "Not saturated: the answers need the image to the last layers, so no split keeps them."
-        interval = self.split_interval()
         if interval is not None and interval[1] is None:
             return (
                 f"Undecided: these samples say split {split}, but within two standard errors no split keeps the "

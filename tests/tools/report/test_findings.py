@@ -16,6 +16,7 @@ from llava_patch.measurements.gradients.measurement import Gradients
 from llava_patch.measurements.gradients.moments import Step
 from llava_patch.measurements.gradients.result import GradientsResult, median_interval
 from llava_patch.measurements.rprobe import ablation
+from llava_patch.measurements.rprobe.result import RProbeResult
 from llava_patch.measurements.saturation.measure import RunningMean
 from llava_patch.measurements.saturation.result import Curves, PatchOn, Saturation, SaturationResult
 from llava_patch.tools.report import build
@@ -53,6 +54,12 @@ def test_an_interval_that_reaches_the_end_decides_nothing():
     result = saturation(late, early)
     assert result.recommended_split == 2 and result.split_interval() == (2, None)
     assert result.finding().startswith("Undecided: these samples say split 2")
+
+
+def test_an_interval_that_begins_before_the_end_decides_nothing_either():
+    result = saturation([1.0, 0.8, 0.0, 0.0, 0.0, 0.0], [1.0, 0.9, 0.2, 0.2, 0.2, 0.2])
+    assert result.recommended_split is None and result.split_interval()[0] is not None
+    assert result.finding().startswith("Undecided: the answers seem to need")
 
 
 def test_answers_that_need_the_image_to_the_end_are_not_saturated():
@@ -110,6 +117,29 @@ def test_the_fusion_layer_has_learned_or_not(trained, said):
     assert said in FusionAttentionResult([3], [list(map(float, trained))], [[0.2, 0.2]], 4, 2).finding()
 
 
+def test_one_head_among_many_that_look_away_decides_nothing():
+    found = FusionAttentionResult([3], [[0.003, 0.01, 0.01]], [[0.001, 0.4, 0.4]], 4, 2).finding()
+    assert found.startswith("Undecided") and "1 of 3 heads" in found and "all together less" in found
+
+
+@pytest.mark.parametrize(
+    ("masked", "text", "said"),
+    [
+        (False, False, "The projected tokens carry the text"),
+        (False, True, "from tokens and transcript"),
+        (True, True, "from its text and what surrounds it"),
+        (True, False, "from what surrounds it alone"),
+    ],
+)
+def test_a_probe_says_what_it_rebuilt_the_region_from(masked, text, said):
+    result = object.__new__(RProbeResult)
+    vars(result).update(
+        settings={"masked": masked, "text": text}, mse_interval=(0.1, 0.2), constant_mse=0.5, mse=0.15, fvu=0.3
+    )
+    assert said in result.finding() and "30%" in result.finding()
+    assert ("carry the text" in result.finding()) == (not masked and not text)
+
+
 def test_maps_are_even_or_narrow_and_alike_or_not():
     def one(*rows):
         return CheckpointMaps("m", "CLS token", "whole image", 4, 8, [[list(row)] for row in rows])
@@ -142,7 +172,7 @@ def test_gradients_pull_against_each_other_or_the_same_way_or_neither():
     assert "pulls against" in against.finding() and "the main one's way" in along.finding()
     assert "(95 %: -0.4 to -0.2)" in against.summary()
     assert steps([-0.3, 0.3] * 6).finding().startswith("Undecided")
-    assert steps([-0.3] * 4).finding().startswith("Undecided")  # four signs say nothing at 95 %
+    assert steps([-0.3] * 4).finding().startswith("Undecided: 4 batches are too few")  # four signs say nothing at 95 %
     assert steps([0.1], ratio=0.0).finding().startswith("Nothing passes")
     assert "from step" in steps([0.1] * 6, ratio=0.5, trains=True).finding()
     assert "never settled" in steps([0.1] * 6, ratio=2.0, trains=True).finding()
