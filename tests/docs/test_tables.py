@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llava_patch.core.terminal import markdown
-from llava_patch.tools.bench import fusion, measure, report
+from llava_patch.tools.bench import fusion, host, measure, report
 from tests.support.paths import ROOT
 
 MEASURED = ROOT / "docs" / "measured"
@@ -26,7 +26,13 @@ def _fusions():
     return [report.fusion_table(_rows(fusion.Row, json.loads((MEASURED / "fusion_speed_small.json").read_text())["rows"]))]
 
 
-TABLES = {"routing": (_speed, "routing.md"), "fusions": (_fusions, "measured/fusion_speed_small.md")}
+def _host():
+    return [report.host_table(_rows(host.Row, json.loads((MEASURED / "host.json").read_text())["rows"]))]
+
+
+TABLES = {
+    "host": (_host, "routing.md"),
+   "routing": (_speed, "routing.md"), "fusions": (_fusions, "measured/fusion_speed_small.md")}
 
 
 @pytest.mark.parametrize("name", TABLES)
