@@ -7,16 +7,14 @@ import torch
 
 from llava_patch import Routing, VisionZip, patch
 from llava_patch.core.errors import InputError
-from llava_patch.hosts.compat import parameters_of
+from llava_patch.hosts.compat.static_cache import has_static_layers
 from tests.support.models import HF_IMAGE_TOKEN, IMAGE, close
 from tests.support.routings import ALL, RAGGED
 
-try:
-    from transformers.cache_utils import StaticCache, StaticLayer
-except ImportError:
-    StaticLayer = None
-if StaticLayer is None or "max_cache_len" not in parameters_of(StaticLayer.__init__):
-    pytest.skip("a static cache has no layers of their own lengths here", allow_module_level=True)
+if not has_static_layers():
+    pytest.skip("here static caches are refused whole", allow_module_level=True)
+
+from transformers.cache_utils import StaticCache
 
 pytestmark = pytest.mark.parametrize("host", ["hf"], indirect=True)
 PAIR = [(2, IMAGE, 5), (3, IMAGE, 1, IMAGE, 4)]

@@ -14,8 +14,9 @@ BaseLayer: Any = getattr(cache_utils, "CacheLayerMixin", object)
 
 
 def has_static_layers() -> bool:
-    """Whether each layer of a static cache is told its own length."""
-    return StaticLayer is not None and "max_cache_len" in parameters_of(StaticLayer.__init__)
+    """Whether each layer of a static cache is told its own length, and counts no positions of its own (5.2x on)."""
+    counts = hasattr(BaseLayer, "get_max_length")  # tokens were seen to differ there from a dynamic cache's
+    return StaticLayer is not None and not counts and "max_cache_len" in parameters_of(StaticLayer.__init__)
 
 
 def is_static(cache: Any) -> bool:
