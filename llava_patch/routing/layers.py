@@ -70,7 +70,6 @@ class Stream:
     windowed: bool  # whether a sliding window cuts off a part of the conversation
     position_ids: Tensor | None = None  # flash attention takes gaps for packed samples
     masks: dict[tuple[str, int | None], Any] = field(default_factory=dict)
-    backends: dict[tuple[type, int], str] = field(default_factory=dict)  # of attention modules by class and config
 
     def last(self, count: int) -> PositionSet:
         """The last few positions, as places in the conversation."""
@@ -79,11 +78,7 @@ class Stream:
 
     def mask(self, layer: Any, last: int | None = None) -> Any:
         """The mask, in the form of the layer's backend, where its queries are the new positions, or the `last` few."""
-        attention = zero.bare(layer.self_attn)
-        kind = type(attention), id(attention.config)  # of which the layers of a decoder have one or two
-        backend = self.backends.get(kind)
-        if backend is None:
-            backend = self.backends[kind] = compat.backend_of(attention)
+        backend = compat.backend_of(layer.self_attn)
         key = (backend, None if last is not None and last >= self.count else last)
         if key not in self.masks:
             queries = self.count if last is None else last

@@ -110,8 +110,7 @@ def call_layers(
     for layer in layers:
         if (own := layer.self_attn.config) is not config:  # which says the backend; a decoder's layers share it
             config, mask = own, attention_mask(layer)
-        output = layer(hidden_states, attention_mask=mask, **arguments)
-        hidden_states = output[0] if isinstance(output, tuple) else output
+        hidden_states = layer_output(layer(hidden_states, attention_mask=mask, **arguments))
     return hidden_states
 
 

@@ -5,7 +5,6 @@ import datetime
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -85,32 +84,17 @@ def compiled_table(rows: Sequence[CompiledRow]) -> Table:
 def host_table(rows: Sequence[HostRow]) -> Table:
     """The table of the host's work; ratios refer to the first row, and are those of the least times."""
     base = rows[0]
-    columns: list[tuple[str, Callable[[Any], str]]] = [("method", lambda row: row.method)]
-    for phase in ("prefill", "decode"):
+
+    def of(phase: str) -> list[tuple[str, Callable[[Any], str]]]:
         ms, operations = f"{phase}_ms", f"{phase}_operations"
-        columns += [
-            (f"{phase} ms", partial(_least_ms, what=ms)),
-            ("/ stock", partial(_least_ratio, base=base, what=ms)),
-            ("operations", partial(_number, what=operations)),
-            ("/ stock", partial(_number_ratio, base=base, what=operations)),
+        return [
+            (f"{phase} ms", lambda row: f"{min(getattr(row, ms)):.1f}"),
+            ("/ stock", lambda row: f"{least(row, base, ms):.3f}"),
+            ("operations", lambda row: str(getattr(row, operations))),
+            ("/ stock", lambda row: f"{getattr(row, operations) / getattr(base, operations):.3f}"),
         ]
-    return _table(rows, columns)
 
-
-def _least_ms(row: HostRow, what: str) -> str:
-    return f"{min(getattr(row, what)):.1f}"
-
-
-def _least_ratio(row: HostRow, base: HostRow, what: str) -> str:
-    return f"{least(row, base, what):.3f}"
-
-
-def _number(row: HostRow, what: str) -> str:
-    return str(getattr(row, what))
-
-
-def _number_ratio(row: HostRow, base: HostRow, what: str) -> str:
-    return f"{getattr(row, what) / getattr(base, what):.3f}"
+    return _table(rows, [("method", lambda row: row.method), *of("prefill"), *of("decode")])
 
 
 def _table(rows: Sequence[Any], columns: Sequence[tuple[str, Callable[[Any], str]]]) -> Table:
