@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_patch.core import files
 from llava_patch.hosts.sizes import Shape
-from llava_patch.tools.bench.methods import Method, make_inputs
+from llava_patch.tools.bench.methods import Method, decode, make_inputs
 
 SHAPE = Shape(32, 64, 128, 2, 256, 18)
 """7B's depth at a width of which arithmetic is next to nothing."""
@@ -88,7 +88,7 @@ def measure(model: Any, rows: Sequence[Method], *, repeats: int = 14, progress: 
                 began = time.process_time()
                 cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
                 prefilled = time.process_time()
-                _decode(model, inputs, cache, TOKENS)
+                decode(model, inputs, cache, TOKENS)
                 ended = time.process_time()
             results[i].prefill_ms.append(1000 * (prefilled - began))
             results[i].decode_ms.append(1000 * (ended - prefilled) / TOKENS)
@@ -99,19 +99,11 @@ def _count(model: Any, inputs: dict[str, Any], row: Row) -> None:
     with Operations() as prefill:
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
     with Operations() as one:
-        _decode(model, inputs, cache, 1)
+        decode(model, inputs, cache, 1)
     with Operations() as two:
-        _decode(model, inputs, cache, 2)
+        decode(model, inputs, cache, 2)
     # The difference leaves out what the first of a row makes once, and what the loop itself prepares.
     row.prefill_operations, row.decode_operations = prefill.count, two.count - one.count
-
-
-def _decode(model: Any, inputs: dict[str, Any], cache: Any, tokens: int) -> None:
-    token = torch.full_like(inputs["input_ids"][:, :1], 7)
-    mask = torch.ones_like(inputs["input_ids"][:, :1]).expand(-1, cache.get_seq_length())
-    for _ in range(tokens):
-        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def least(row: Row, base: Row, what: str) -> float:

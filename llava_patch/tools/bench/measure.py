@@ -22,7 +22,7 @@ from llava_patch.measurements.flops.shape import DecoderShape
 from llava_patch.patching.handle import restore_flags
 from llava_patch.routing.cache import RoutedCache, cache_bytes
 from llava_patch.routing.schedule import make_schedule
-from llava_patch.tools.bench.methods import Method, make_inputs, partner_difference
+from llava_patch.tools.bench.methods import Method, decode, make_inputs, partner_difference
 
 
 class Clock:
@@ -114,15 +114,11 @@ def _time_inference(model: Any, inputs: dict[str, Any], row: Row, tokens: int, k
     row.peak_bytes = peak_bytes(model)
     cache = out.past_key_values
     row.cache_bytes = cache.nbytes() if isinstance(cache, RoutedCache) else cache_bytes(cache)
-    token = torch.full_like(inputs["input_ids"][:, :1], 7)
-    mask = inputs["attention_mask"]
-    with Clock(model.device) as decode:
-        for _ in range(tokens):
-            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with Clock(model.device) as decoding:
+        decode(model, inputs, cache, tokens)
     if keep:
         row.prefill_ms.append(prefill.ms)
-        row.decode_ms.append(decode.ms / tokens)
+        row.decode_ms.append(decoding.ms / tokens)
 
 
 def _trains(model: Any, method: Method) -> list[torch.nn.Parameter]:

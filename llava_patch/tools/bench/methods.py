@@ -163,3 +163,12 @@ def make_inputs(model: Any, text: int, batch: int, image_tokens: int = IMAGE_TOK
         "attention_mask": torch.ones_like(ids).to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
+
+
+def decode(model: Any, inputs: dict[str, Any], cache: Any, tokens: int) -> None:
+    """Decode some tokens behind a cache that holds `make_inputs`' prompt, and what was decoded behind it before."""
+    token = torch.full_like(inputs["input_ids"][:, :1], 7)
+    mask = torch.ones_like(token).expand(-1, cache.get_seq_length())
+    for _ in range(tokens):
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
